@@ -1,0 +1,210 @@
+//! What holds a container: the contract that every backend keeps.
+//!
+//! A backend knows no ttrpc, no fifo and no event. It gets file descriptors ([`ChildIo`]), acts, and hands back a pid and the
+//! promise of an exit ([`Launched`]).
+
+pub mod crun;
+
+use std::{
+    future::Future,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    pin::Pin,
+    time::SystemTime,
+};
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    config::Options,
+    error::{Error, Result},
+    task::{bundle::Bundle, record::Record},
+};
+
+/// A future that can be stored and sent to another task.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// How and when a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// The exit status; 128 + signal when signalled; 255 when nobody knows.
+    pub status: u32,
+    /// When it was reaped.
+    pub at: SystemTime,
+}
+
+impl Exit {
+    /// An exit that happens now.
+    pub fn now(status: u32) -> Self {
+        Self {
+            status,
+            at: SystemTime::now(),
+        }
+    }
+}
+
+/// A process that a backend has launched.
+pub struct Launched {
+    /// Its pid on the host (for a VM: QEMU's).
+    pub pid: u32,
+    /// Resolves when it has ended and was reaped. Subscribed before the launch, so an exit is never missed; it may be dropped, and
+    /// then the process is reaped all the same.
+    pub exit: BoxFuture<'static, Exit>,
+}
+
+/// The stdio of a process as the backend sees it: descriptors and nothing else. All are close-on-exec in the shim.
+#[derive(Debug)]
+pub enum ChildIo {
+    /// Pipe ends (or files) for the process; `None` is `/dev/null`.
+    Pipes {
+        /// Read end for fd 0.
+        stdin: Option<OwnedFd>,
+        /// Write end for fd 1.
+        stdout: Option<OwnedFd>,
+        /// Write end for fd 2.
+        stderr: Option<OwnedFd>,
+    },
+    /// A terminal: the runtime makes the pty and sends its master to this unix socket (OCI console socket protocol).
+    Terminal {
+        /// Absolute path of the listening socket.
+        console_socket: PathBuf,
+    },
+}
+
+/// What the authority (kernel, runtime, Proxmox) says of a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Observed {
+    /// Unknown to it.
+    Absent,
+    /// Prepared; the user's program does not run yet.
+    Created {
+        /// Init's pid on the host.
+        pid: u32,
+    },
+    /// Runs (or is paused).
+    Running {
+        /// Init's pid on the host.
+        pid: u32,
+    },
+    /// Ended, and not deleted.
+    Stopped,
+}
+
+/// The process document of an exec, as the client sent it.
+#[derive(Debug, Clone)]
+pub struct ExecSpec {
+    /// OCI `process` object, JSON.
+    pub json: Vec<u8>,
+    /// Its `terminal` as the request says it.
+    pub terminal: bool,
+}
+
+/// What a checkpoint shall do; the fields of `containerd.runc.v1.CheckpointOptions`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CheckpointOptions {
+    /// Folder that receives the images.
+    pub image_path: PathBuf,
+    /// Folder for CRIU's logs; the backend's default when empty.
+    pub work_path: Option<PathBuf>,
+    /// End the container afterwards.
+    pub exit: bool,
+    /// Allow open TCP connections.
+    pub open_tcp: bool,
+    /// Allow external unix sockets.
+    pub external_unix_sockets: bool,
+    /// Allow shell jobs (a terminal).
+    pub terminal: bool,
+    /// Handle file locks.
+    pub file_locks: bool,
+    /// CRIU's cgroup mode.
+    pub cgroups_mode: String,
+}
+
+/// A runtime that holds one container.
+///
+/// Stateless: what must survive the shim is in the [`Record`], saved by the engine BEFORE the call, so that [`Backend::delete`]
+/// can undo a half-made create from a fresh process (`shim delete`).
+///
+/// Every call may be cancelled (its future dropped) or killed at any instruction; `delete` then cleans up.
+#[async_trait]
+pub trait Backend: Send + Sync {
+    /// "crun", "lxc", "proxmox-lxc" or "proxmox-vm".
+    fn name(&self) -> &'static str;
+
+    /// Prepares the container; the user's program MUST NOT run yet (OCI runtime.md, create). `Some` if init exists already.
+    ///
+    /// Takes `io` if init is born here. With [`Record::restore_from`] set, prepares a restore instead.
+    async fn create(&self, rec: &Record, bundle: &Bundle, io: &mut Option<ChildIo>) -> Result<Option<Launched>>;
+
+    /// Runs the user's program. `Some` if init is born here (then it takes `io`).
+    async fn start(&self, rec: &Record, io: &mut Option<ChildIo>) -> Result<Option<Launched>>;
+
+    /// Runs a further process. Stdio that the backend cannot give MUST be `Unimplemented`, never dropped.
+    async fn exec(&self, rec: &Record, exec_id: &str, process: &ExecSpec, io: ChildIo) -> Result<Launched>;
+
+    /// Asks the authority, never a cache.
+    async fn observe(&self, rec: &Record) -> Result<Observed>;
+
+    /// Ends what still runs and removes everything that `create` made, except the rootfs. Idempotent; absence is success; goes on
+    /// past errors and reports all of them.
+    async fn delete(&self, rec: &Record) -> Result<()>;
+
+    /// Applies OCI `linux.resources` (JSON) to the running container.
+    async fn update(&self, rec: &Record, resources_json: &[u8]) -> Result<()> {
+        let _ = (rec, resources_json);
+        Err(Error::unimplemented(format!(
+            "backend {} cannot update resources",
+            self.name()
+        )))
+    }
+
+    /// Writes a checkpoint.
+    async fn checkpoint(&self, rec: &Record, options: &CheckpointOptions) -> Result<()> {
+        let _ = (rec, options);
+        Err(Error::unimplemented(format!(
+            "backend {} cannot checkpoint",
+            self.name()
+        )))
+    }
+}
+
+/// The backend that `options` names, or `Unimplemented` with its name when it does not exist yet.
+pub fn by_name(name: &str, options: &Options) -> Result<std::sync::Arc<dyn Backend>> {
+    let _ = options;
+    match name {
+        "crun" => Ok(std::sync::Arc::new(crun::Crun::new())),
+        "lxc" | "proxmox-lxc" | "proxmox-vm" => Err(Error::unimplemented(format!(
+            "backend {name} is known but not built yet; use backend crun"
+        ))),
+        _ => Err(Error::invalid(format!(
+            "unknown backend {name:?}; known are crun, lxc, proxmox-lxc and proxmox-vm"
+        ))),
+    }
+}
+
+/// Checks an id that becomes part of a path: containerd's rule for identifiers, and nothing that could leave a folder.
+///
+/// # Errors
+/// `InvalidArgument` for an empty id, one longer than 255 bytes, or one with characters other than `A-Za-z0-9_.-` at places where
+/// containerd forbids them (so `/`, `..` and NUL too).
+pub fn check_id(what: &str, id: &str) -> Result<()> {
+    let ok = !id.is_empty()
+        && id.len() <= 255
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
+        && id.as_bytes()[0].is_ascii_alphanumeric()
+        && !id.contains("..");
+    if ok {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "invalid {what} {id:?}: letters, digits, '_', '.' and '-', starting with a letter or digit, at most 255"
+    )))
+}
+
+/// `<bundle>/<name>`, for file names that this crate chose itself.
+pub fn in_bundle(rec: &Record, name: &str) -> PathBuf {
+    Path::new(&rec.bundle).join(name)
+}

@@ -1,0 +1,1 @@
+//! What the container stands on: the mounts of its rootfs.

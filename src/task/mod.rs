@@ -1,0 +1,4 @@
+//! The engine.
+
+pub mod bundle;
+pub mod record;
