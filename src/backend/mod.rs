@@ -10,6 +10,7 @@ use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     pin::Pin,
+    sync::Arc,
     time::SystemTime,
 };
 
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     config::Options,
     error::{Error, Result},
+    host::command::Pidfd,
     task::{bundle::Bundle, record::Record},
 };
 
@@ -48,6 +50,8 @@ impl Exit {
 pub struct Launched {
     /// Its pid on the host (for a VM: QEMU's).
     pub pid: u32,
+    /// The process itself, for signals.
+    pub process: Arc<Pidfd>,
     /// Resolves when it has ended and was reaped. Subscribed before the launch, so an exit is never missed; it may be dropped, and
     /// then the process is reaped all the same.
     pub exit: BoxFuture<'static, Exit>,
@@ -170,10 +174,10 @@ pub trait Backend: Send + Sync {
 }
 
 /// The backend that `options` names, or `Unimplemented` with its name when it does not exist yet.
-pub fn by_name(name: &str, options: &Options) -> Result<std::sync::Arc<dyn Backend>> {
+pub fn by_name(name: &str, options: &Options) -> Result<Arc<dyn Backend>> {
     let _ = options;
     match name {
-        "crun" => Ok(std::sync::Arc::new(crun::Crun::new())),
+        "crun" => Ok(Arc::new(crun::Crun::new())),
         "lxc" | "proxmox-lxc" | "proxmox-vm" => Err(Error::unimplemented(format!(
             "backend {name} is known but not built yet; use backend crun"
         ))),

@@ -1,4 +1,6 @@
 //! The engine.
 
 pub mod bundle;
+pub mod event;
 pub mod record;
+pub mod stdio;
