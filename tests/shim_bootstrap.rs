@@ -1,4 +1,5 @@
 //! The real program, called as containerd calls it: `start`, `delete`, `-info`, `-v`.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
     collections::HashSet,

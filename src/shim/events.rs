@@ -9,8 +9,6 @@
 
 use std::{
     collections::VecDeque,
-    os::linux::net::SocketAddrExt,
-    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -234,10 +232,10 @@ impl Queue {
             };
             self.drop_at(at);
         }
-        if self.exits > self.bounds.exits {
-            if let Some(at) = self.events.iter().position(|queued| queued.rank == EXIT) {
-                self.drop_at(at);
-            }
+        if self.exits > self.bounds.exits
+            && let Some(at) = self.events.iter().position(|queued| queued.rank == EXIT)
+        {
+            self.drop_at(at);
         }
         (self.dropped > before).then_some(self.dropped)
     }
@@ -352,14 +350,8 @@ async fn forward(client: &mut Option<EventsClient>, address: &str, request: &For
 async fn connect(address: &str) -> std::io::Result<UnixStream> {
     let path = address.strip_prefix("unix://").unwrap_or(address);
     match path.strip_prefix('@') {
-        Some(name) => {
-            let stream = std::os::unix::net::UnixStream::connect_addr(
-                &std::os::unix::net::SocketAddr::from_abstract_name(name)?,
-            )?;
-            stream.set_nonblocking(true)?;
-            UnixStream::from_std(stream)
-        }
-        None => UnixStream::connect(Path::new(path)).await,
+        Some(name) => UnixStream::connect(format!("\0{name}")).await,
+        None => UnixStream::connect(path).await,
     }
 }
 
@@ -527,5 +519,387 @@ pub fn timestamp(at: SystemTime) -> Timestamp {
         seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
         nanos: i32::try_from(since.subsec_nanos()).unwrap_or(0),
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use async_trait::async_trait;
+    use containerd_shim_protos::{protobuf::well_known_types::empty::Empty, shim_async::create_events};
+    use tokio::sync::mpsc;
+    use ttrpc::asynchronous::{Server, TtrpcContext, transport::Listener};
+
+    use super::*;
+    use crate::{backend::Exit, rootfs::Mount, task::stdio};
+
+    fn exit(status: u32) -> Exit {
+        Exit {
+            status,
+            at: UNIX_EPOCH + Duration::new(7, 8),
+        }
+    }
+
+    fn start(pid: u32) -> Event {
+        Event::Start {
+            container_id: "c".into(),
+            pid,
+        }
+    }
+
+    fn ended(pid: u32) -> Event {
+        Event::Exit {
+            container_id: "c".into(),
+            id: "c".into(),
+            pid,
+            exit: exit(0),
+        }
+    }
+
+    fn one_of_each() -> Vec<Event> {
+        let container_id = || "c".to_owned();
+        vec![
+            Event::Create {
+                container_id: container_id(),
+                bundle: "/b".into(),
+                rootfs: vec![Mount {
+                    kind: "bind".into(),
+                    source: "/s".into(),
+                    target: "t".into(),
+                    options: vec!["ro".into()],
+                }],
+                io: stdio::Config {
+                    stdin: "i".into(),
+                    stdout: "o".into(),
+                    stderr: "e".into(),
+                    terminal: true,
+                },
+                checkpoint: "k".into(),
+                pid: 1,
+            },
+            start(2),
+            Event::ExecAdded {
+                container_id: container_id(),
+                exec_id: "x".into(),
+            },
+            Event::ExecStarted {
+                container_id: container_id(),
+                exec_id: "x".into(),
+                pid: 3,
+            },
+            Event::Exit {
+                container_id: container_id(),
+                id: "x".into(),
+                pid: 3,
+                exit: exit(4),
+            },
+            Event::Delete {
+                container_id: container_id(),
+                id: "x".into(),
+                pid: 3,
+                exit: exit(4),
+            },
+            Event::Oom {
+                container_id: container_id(),
+            },
+            Event::Paused {
+                container_id: container_id(),
+            },
+            Event::Resumed {
+                container_id: container_id(),
+            },
+            Event::Checkpointed {
+                container_id: container_id(),
+                checkpoint: "k".into(),
+            },
+        ]
+    }
+
+    #[test]
+    fn each_topic_has_its_message() {
+        let table = [
+            ("/tasks/create", "TaskCreate"),
+            ("/tasks/start", "TaskStart"),
+            ("/tasks/exec-added", "TaskExecAdded"),
+            ("/tasks/exec-started", "TaskExecStarted"),
+            ("/tasks/exit", "TaskExit"),
+            ("/tasks/delete", "TaskDelete"),
+            ("/tasks/oom", "TaskOOM"),
+            ("/tasks/paused", "TaskPaused"),
+            ("/tasks/resumed", "TaskResumed"),
+            ("/tasks/checkpointed", "TaskCheckpointed"),
+        ];
+        let texts = [
+            r#"container_id: "c" bundle: "/b" rootfs {type: "bind" source: "/s" target: "t" options: "ro"} io {stdin: "i" stdout: "o" stderr: "e" terminal: true} checkpoint: "k" pid: 1"#,
+            r#"container_id: "c" pid: 2"#,
+            r#"container_id: "c" exec_id: "x""#,
+            r#"container_id: "c" exec_id: "x" pid: 3"#,
+            r#"container_id: "c" id: "x" pid: 3 exit_status: 4 exited_at {seconds: 7 nanos: 8}"#,
+            r#"container_id: "c" pid: 3 exit_status: 4 exited_at {seconds: 7 nanos: 8} id: "x""#,
+            r#"container_id: "c""#,
+            r#"container_id: "c""#,
+            r#"container_id: "c""#,
+            r#"container_id: "c" checkpoint: "k""#,
+        ];
+        for ((event, (topic, name)), text) in one_of_each().iter().zip(table).zip(texts) {
+            let any = encode(event).unwrap();
+            assert_eq!(event.topic(), topic);
+            assert_eq!(any.type_url, format!("containerd.events.{name}"));
+            assert_eq!(decoded(&any), text);
+        }
+    }
+
+    /// The message as text, decoded as what its type says.
+    fn decoded(any: &Any) -> String {
+        let file = task::file_descriptor();
+        let name = any.type_url.strip_prefix("containerd.events.").unwrap();
+        let message = file.messages().find(|m| m.name() == name).unwrap();
+        message.parse_from_bytes(&any.value).unwrap().to_string()
+    }
+
+    /// containerd's end: records what it is told, and answers as it is told to.
+    struct Daemon {
+        heard: mpsc::UnboundedSender<Envelope>,
+        answer: ttrpc::Result<()>,
+    }
+
+    #[async_trait]
+    impl containerd_shim_protos::shim_async::Events for Daemon {
+        async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+            self.heard.send(request.envelope.unwrap()).unwrap();
+            self.answer.clone().map(|()| Empty::default())
+        }
+    }
+
+    struct Place {
+        _dir: tempfile::TempDir,
+        path: PathBuf,
+        sender: mpsc::UnboundedSender<Envelope>,
+        heard: mpsc::UnboundedReceiver<Envelope>,
+    }
+
+    impl Place {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let (sender, heard) = mpsc::unbounded_channel();
+            Self {
+                path: dir.path().join("c.sock.ttrpc"),
+                _dir: dir,
+                sender,
+                heard,
+            }
+        }
+
+        fn publisher(&self) -> Publisher {
+            Publisher::new("ns", self.path.to_str())
+        }
+
+        async fn daemon(&self, answer: ttrpc::Result<()>) -> Server {
+            let _ = std::fs::remove_file(&self.path);
+            let listener = std::os::unix::net::UnixListener::bind(&self.path).unwrap();
+            let service = Arc::new(Daemon {
+                heard: self.sender.clone(),
+                answer,
+            });
+            let mut server = Server::new()
+                .add_listener(Listener::try_from(listener).unwrap())
+                .register_service(create_events(service));
+            server.start().await.unwrap();
+            server
+        }
+
+        /// The pids of the next `count` start events.
+        async fn pids(&mut self, count: usize) -> Vec<u32> {
+            let mut pids = Vec::new();
+            while pids.len() < count {
+                let envelope = tokio::time::timeout(Duration::from_secs(60), self.heard.recv()).await;
+                let event = envelope.unwrap().unwrap().event.unwrap();
+                pids.push(task::TaskStart::parse_from_bytes(&event.value).unwrap().pid);
+            }
+            pids
+        }
+    }
+
+    const BOUND: Duration = Duration::from_secs(60);
+
+    #[tokio::test]
+    async fn events_arrive_in_order_with_time_namespace_and_topic() {
+        let mut place = Place::new();
+        let _daemon = place.daemon(Ok(())).await;
+        let publisher = place.publisher();
+        let at = UNIX_EPOCH + Duration::new(1, 2);
+        for event in one_of_each() {
+            publisher.publish(event, at);
+        }
+        assert_eq!(publisher.drain(BOUND).await, 0);
+        for event in one_of_each() {
+            let envelope = place.heard.try_recv().unwrap();
+            assert_eq!(envelope, super::envelope("ns", &event, at).unwrap());
+            assert_eq!((envelope.timestamp.seconds, envelope.timestamp.nanos), (1, 2));
+        }
+        assert!(place.heard.try_recv().is_err());
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_comes_later_hears_everything() {
+        let mut place = Place::new();
+        let publisher = place.publisher();
+        for pid in 0..100 {
+            publisher.publish(start(pid), SystemTime::now());
+        }
+        assert_eq!(publisher.drain(Duration::from_millis(1)).await, 100);
+        let _daemon = place.daemon(Ok(())).await;
+        assert_eq!(place.pids(100).await, (0..100).collect::<Vec<_>>());
+        assert_eq!(publisher.drain(BOUND).await, 0);
+        assert!(place.heard.try_recv().is_err());
+    }
+
+    #[tokio::test]
+    async fn a_restarted_daemon_hears_the_rest_once_and_in_order() {
+        let mut place = Place::new();
+        let publisher = place.publisher();
+        for round in 0..3 {
+            let mut daemon = place.daemon(Ok(())).await;
+            let first = round * 20;
+            // Ten that the last daemon did not hear, ten for this one.
+            let waiting: u32 = if round == 0 { 0 } else { 10 };
+            for pid in first..first + 10 {
+                publisher.publish(start(pid), SystemTime::now());
+            }
+            let heard = place.pids(10 + waiting as usize).await;
+            assert_eq!(heard, (first - waiting..first + 10).collect::<Vec<_>>());
+            assert_eq!(publisher.drain(BOUND).await, 0);
+            daemon.shutdown().await.unwrap();
+            drop(daemon);
+            for pid in first + 10..first + 20 {
+                publisher.publish(start(pid), SystemTime::now());
+            }
+        }
+        assert!(place.heard.try_recv().is_err());
+    }
+
+    #[tokio::test]
+    async fn an_event_whose_answer_is_lost_is_sent_again() {
+        let mut place = Place::new();
+        let listener = tokio::net::UnixListener::bind(&place.path).unwrap();
+        let publisher = place.publisher();
+        publisher.publish(start(1), SystemTime::now());
+        publisher.publish(start(2), SystemTime::now());
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut header = [0; 10];
+        tokio::io::AsyncReadExt::read_exact(&mut stream, &mut header)
+            .await
+            .unwrap();
+        drop((stream, listener));
+        let _daemon = place.daemon(Ok(())).await;
+        assert_eq!(place.pids(2).await, [1, 2]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refused_event_does_not_hold_up_the_others_for_ever() {
+        let mut place = Place::new();
+        for (code, attempts) in [(Code::INVALID_ARGUMENT, 1), (Code::UNKNOWN, MAX_REFUSALS as usize)] {
+            let answer = Err(ttrpc::Error::RpcStatus(ttrpc::get_status(code, "no")));
+            let mut daemon = place.daemon(answer).await;
+            let publisher = place.publisher();
+            publisher.publish(start(1), SystemTime::now());
+            publisher.publish(start(2), SystemTime::now());
+            let mut expected = vec![1; attempts];
+            expected.extend(vec![2; attempts]);
+            assert_eq!(place.pids(2 * attempts).await, expected);
+            assert_eq!(publisher.drain(BOUND).await, 0);
+            daemon.shutdown().await.unwrap();
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_end_waits_for_an_absent_daemon_no_longer_than_it_may() {
+        let place = Place::new();
+        let publisher = place.publisher();
+        publisher.publish(start(1), SystemTime::now());
+        publisher.publish(start(2), SystemTime::now());
+        let before = Instant::now();
+        assert_eq!(publisher.drain(Duration::from_secs(3)).await, 2);
+        assert_eq!(before.elapsed().as_secs(), 3);
+    }
+
+    #[tokio::test]
+    async fn without_an_address_events_are_given_up_at_once() {
+        let publisher = Publisher::new("ns", Some(""));
+        publisher.publish(start(1), SystemTime::now());
+        publisher.publish(start(2), SystemTime::now());
+        assert_eq!(publisher.drain(BOUND).await, 0);
+        assert_eq!(publisher.shared.queue().dropped, 2);
+    }
+
+    fn queued(event: &Event) -> Queued {
+        Queued {
+            rank: rank(event),
+            envelope: envelope("ns", event, UNIX_EPOCH).unwrap(),
+        }
+    }
+
+    fn topics(queue: &mut Queue) -> Vec<String> {
+        std::iter::from_fn(|| queue.take())
+            .map(|q| q.envelope.event.type_url.replace("containerd.events.Task", ""))
+            .collect()
+    }
+
+    #[test]
+    fn what_matters_least_is_dropped_first_and_the_rest_keeps_its_order() {
+        for (events, left) in [
+            (0, &["Exit"][..]),
+            (4, &["Create", "Start", "Exit", "Delete", "OOM"]),
+            (
+                6,
+                &["Create", "Start", "ExecAdded", "ExecStarted", "Exit", "Delete", "OOM"],
+            ),
+            (
+                7,
+                &[
+                    "Create",
+                    "Start",
+                    "ExecAdded",
+                    "ExecStarted",
+                    "Exit",
+                    "Delete",
+                    "OOM",
+                    "Checkpointed",
+                ],
+            ),
+        ] {
+            let mut queue = Queue::new(Bounds {
+                events,
+                bytes: usize::MAX,
+                exits: 10,
+            });
+            for event in one_of_each() {
+                queue.push(queued(&event));
+            }
+            assert_eq!(queue.dropped as usize, 10 - left.len());
+            assert_eq!(topics(&mut queue), left);
+        }
+    }
+
+    #[test]
+    fn memory_is_bounded_and_exits_outlive_everything() {
+        let size = queued(&start(1_000_000)).bytes();
+        let mut queue = Queue::new(Bounds {
+            events: usize::MAX,
+            bytes: 5 * size,
+            exits: 1_000,
+        });
+        for n in 0..1_000 {
+            queue.push(queued(&start(1_000_000 + n)));
+            queue.push(queued(&ended(n)));
+            assert!(queue.bytes <= 5 * size);
+        }
+        assert_eq!((queue.exits, queue.left()), (1_000, 1_005));
+        assert_eq!(queue.dropped, 995);
+        assert_eq!(queue.push(queued(&ended(1_000))), Some(996));
+        assert_eq!(queue.exits, 1_000);
+        while queue.take().is_some() {}
+        assert_eq!((queue.bytes, queue.exits), (0, 0));
     }
 }

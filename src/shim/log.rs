@@ -95,7 +95,7 @@ impl State {
         let Ok(fifo) = opened else {
             return false;
         };
-        matches!(self.fifo.insert(fifo).write(line), Ok(_))
+        self.fifo.insert(fifo).write(line).is_ok()
     }
 }
 
