@@ -56,7 +56,7 @@ impl Cgroup {
             Self::V1(_) => self.v1("memory").ok_or_else(|| no_memory(self.folder()))?,
         };
         let watch = match self {
-            Self::V2(_) => OomWatch::v2(folder),
+            Self::V2(_) => OomWatch::v2(&folder.join("memory.events"), &folder.join("cgroup.events")),
             Self::V1(_) => OomWatch::v1(folder),
         };
         watch.map_err(|e| {
@@ -76,10 +76,10 @@ fn no_memory(folder: &Path) -> Error {
 }
 
 impl OomWatch {
-    fn v2(folder: &Path) -> io::Result<Self> {
+    pub(super) fn v2(memory_events: &Path, cgroup_events: &Path) -> io::Result<Self> {
         Self::new(Source::V2 {
-            memory: Changes::open(&folder.join("memory.events"))?,
-            events: Changes::open(&folder.join("cgroup.events"))?,
+            memory: Changes::open(memory_events)?,
+            events: Changes::open(cgroup_events)?,
         })
     }
 
@@ -94,8 +94,10 @@ impl OomWatch {
         let counts = Keyed::parse(&read(&folder.join("memory.oom_control"))?)
             .get("oom_kill")
             .is_some();
+        // SAFETY: an `EventFd` owns its descriptor for as long as it lives.
+        let bell = unsafe { AsyncFd::register_with_interest(bell, Interest::READABLE)? };
         Self::new(Source::V1 {
-            bell: AsyncFd::with_interest(bell, Interest::READABLE)?,
+            bell,
             folder: folder.to_path_buf(),
             counts,
             looks_left: 0,
@@ -211,5 +213,35 @@ impl Source {
                 Ok(())
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn on_a_kernel_that_does_not_count_each_ring_is_a_kill_but_the_last() {
+        let folder = tempfile::tempdir().unwrap();
+        let control = folder.path().join("cgroup.event_control");
+        for file in [&control, &folder.path().join("memory.oom_control")] {
+            std::fs::write(file, "oom_kill_disable 0\nunder_oom 0\n").unwrap();
+        }
+        let mut watch = OomWatch::v1(folder.path()).unwrap();
+        let ring = |watch: &OomWatch| match &watch.source {
+            Source::V1 { bell, .. } => bell.get_ref().write(1).unwrap(),
+            Source::V2 { .. } => unreachable!(),
+        };
+        assert!(!watch.check());
+        ring(&watch);
+        assert!(watch.check());
+        assert!(!watch.check());
+        ring(&watch);
+        assert!(watch.next().await.unwrap());
+        // The removal of the cgroup rings too.
+        std::fs::remove_file(&control).unwrap();
+        ring(&watch);
+        assert!(!watch.check());
+        assert!(!watch.next().await.unwrap());
     }
 }

@@ -381,3 +381,205 @@ pub fn huge_page_size(name: &str) -> Option<String> {
         _ => format!("{}GB", kib >> 20),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const HYBRID: &str = include_str!("fixtures/mountinfo-hybrid");
+
+    #[test]
+    fn memberships_are_read_as_the_kernel_writes_them() {
+        let text = "12:cpu,cpuacct:/a\n1:name=systemd:/b:c d\n0::/e\nnonsense\n3::/no list\n0:pids:/v2 with a list\n4:pids:relative\n";
+        let found: Vec<_> = memberships(text).map(|m| (m.controllers, m.path)).collect();
+        assert_eq!(found, [("cpu,cpuacct", "/a"), ("name=systemd", "/b:c d"), ("", "/e")]);
+    }
+
+    #[test]
+    fn mounts_are_read_with_their_optional_fields_and_escapes() {
+        let text = "36 35 98:0 /mnt1 /a\\040b\\134 rw,noatime shared:1 master:2 - cgroup my\\040src rw,cpu,cpuacct\n";
+        let found: Vec<_> = mounts(text).collect();
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].point, Path::new("/a b\\"));
+        assert_eq!(found[0].root, Path::new("/mnt1"));
+        assert!(found[0].has_controllers("cpuacct,cpu"));
+        assert!(!found[0].has_controllers("cpu,memory"));
+        assert!(!found[0].has_controllers(""));
+        assert_eq!(mounts(HYBRID).filter(|mount| mount.fs_type == "cgroup").count(), 9);
+        assert_eq!(mounts(HYBRID).filter(|mount| mount.fs_type == "cgroup2").count(), 1);
+    }
+
+    #[test]
+    fn a_path_that_a_mount_does_not_show_has_no_folder() {
+        let folder = |root: &str, path: &str| folder_in(Path::new(root), Path::new("/m"), path);
+        assert_eq!(folder("/", "/a/b"), Some("/m/a/b".into()));
+        assert_eq!(folder("/docker/x", "/docker/x/y"), Some("/m/y".into()));
+        assert_eq!(folder("/docker/x", "/docker/xy"), None);
+        assert_eq!(folder("/", "/../other"), None);
+    }
+
+    #[test]
+    fn crun_puts_containers_where_we_expect_them() {
+        let at = |path, systemd| container_path(path, systemd, "id").map_err(|e| e.kind());
+        let some = |path: &str| Ok(Some(PathBuf::from(path)));
+        let invalid = Err(crate::error::Kind::InvalidArgument);
+        // (cgroupsPath, systemd, folder)
+        assert_eq!(at(None, false), some("id"));
+        assert_eq!(at(Some("/k8s.io/x"), false), some("k8s.io/x"));
+        assert_eq!(at(Some("rel//x/"), false), some("rel/x"));
+        assert_eq!(at(Some("a.slice:cri:x"), false), some("a.slice:cri:x"));
+        assert_eq!(at(Some(""), false), Ok(None));
+        assert_eq!(at(Some("/"), false), Ok(None));
+        assert_eq!(at(Some("/a/../b"), false), invalid);
+        assert_eq!(at(Some("/a\0"), false), invalid);
+        assert_eq!(at(None, true), some("system.slice/crun-id.scope"));
+        assert_eq!(at(Some(""), true), some("system.slice/crun-id.scope"));
+        assert_eq!(
+            at(Some("kubepods-burstable-pod1.slice:cri-containerd:x"), true),
+            some("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-x.scope")
+        );
+        assert_eq!(at(Some("a.slice:x"), true), some("a.slice/x.scope"));
+        assert_eq!(at(Some("a.slice:p:x:y"), true), some("a.slice/p-x:y.scope"));
+        assert_eq!(at(Some("-.slice:p:x"), true), some("p-x.scope"));
+        assert_eq!(at(Some(":p:x"), true), some("system.slice/p-x.scope"));
+        assert_eq!(at(Some("a.slice:p:../x"), true), invalid);
+        assert_eq!(at(Some("a/b.slice:p:x"), true), invalid);
+        assert_eq!(at(Some("a--b.slice:p:x"), true), invalid);
+        assert_eq!(at(Some("/not/systemd"), true), invalid);
+        assert!(container_path(None, false, "a/b").is_err());
+        assert!(container_path(None, false, "..").is_err());
+    }
+
+    #[test]
+    fn numbers_are_what_containerd_takes_them_for() {
+        assert_eq!(number("12\n"), Some(12));
+        assert_eq!(number("max\n"), Some(u64::MAX));
+        assert_eq!(number("-1"), Some(0));
+        assert_eq!(number("12 13"), None);
+        assert_eq!(number(""), None);
+    }
+
+    #[test]
+    fn lines_that_cannot_be_parsed_are_skipped() {
+        let stat = Keyed::parse("a 1\nb\nc x\nd 2 3\ne 4\n");
+        assert_eq!(
+            [
+                stat.get("a"),
+                stat.get("b"),
+                stat.get("c"),
+                stat.get("d"),
+                stat.get("e")
+            ],
+            [Some(1), None, None, None, Some(4)]
+        );
+        let lines: Vec<_> = blkio("8:0 Read 5\n8:0 7\nTotal 12\n8 0 Read 1\n8:0 Read 1 2\n").collect();
+        assert_eq!(
+            lines
+                .iter()
+                .map(|l| (l.major, l.minor, l.op, l.value))
+                .collect::<Vec<_>>(),
+            [(8, 0, "Read", 5), (8, 0, "", 7)]
+        );
+        let io: Vec<_> = io_stat("254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5\n254:1 \n254:x rbytes=1\n").collect();
+        assert_eq!(io.len(), 1);
+        assert_eq!((io[0].rbytes, io[0].wbytes, io[0].rios, io[0].wios), (1, 2, 3, 4));
+        let found: Vec<_> = rdma("mlx4_0 hca_handle=2 hca_object=max\nocrdma1 hca_handle=x\n\n").collect();
+        assert_eq!(found.len(), 1);
+        assert_eq!(
+            (found[0].device, found[0].hca_handles, found[0].hca_objects),
+            ("mlx4_0", 2, u32::MAX)
+        );
+        let psi: Vec<_> = pressure("some avg10=0.10 avg60=1.00 avg300=2.50 total=99\nfull avg10=x\n").collect();
+        assert_eq!(psi.len(), 1);
+        assert_eq!(
+            (psi[0].share, psi[0].averages, psi[0].total),
+            ("some", [0.1, 1.0, 2.5], 99)
+        );
+    }
+
+    #[test]
+    fn a_process_outside_our_pid_namespace_is_nobody() {
+        assert_eq!(pids("0\n12\n-1\n4294967295\nx\n7\n").collect::<Vec<_>>(), [12, 7]);
+    }
+
+    #[test]
+    fn devices_and_page_sizes_get_their_names() {
+        let partitions = "major minor  #blocks  name\n\n 254        0  268435456 vda\n 8 16 1 sdb\n";
+        assert_eq!(partition(partitions, 8, 16), Some("sdb"));
+        assert_eq!(partition(partitions, 8, 17), None);
+        let size = |name| huge_page_size(name);
+        assert_eq!(size("hugepages-2048kB").as_deref(), Some("2MB"));
+        assert_eq!(size("hugepages-1048576kB").as_deref(), Some("1GB"));
+        assert_eq!(size("hugepages-64kB").as_deref(), Some("64KB"));
+        assert_eq!(size("2048kB"), None);
+    }
+
+    fn escape(path: &str) -> String {
+        path.bytes()
+            .map(|byte| match byte {
+                b' ' | b'\t' | b'\n' | b'\\' => format!("\\{byte:03o}"),
+                byte => (byte as char).to_string(),
+            })
+            .collect()
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_a_parser_panic(text in "(?s).{0,200}") {
+            let _ = memberships(&text).count();
+            let _ = mounts(&text).count();
+            let _ = unescape(&text);
+            let _ = folder_in(Path::new("/"), Path::new("/m"), &text);
+            let _ = Keyed::parse(&text).get("x");
+            let _ = (pids(&text).count(), blkio(&text).count(), io_stat(&text).count());
+            let _ = (rdma(&text).count(), pressure(&text).count(), partition(&text, 1, 1));
+            let _ = (number(&text), huge_page_size(&text));
+        }
+
+        #[test]
+        fn no_text_of_the_right_letters_makes_a_parser_panic(text in "[0-9a-z:/=., \\\\\n-]{0,200}") {
+            let _ = memberships(&text).count();
+            let _ = mounts(&format!("1 2 3 {text} - {text}")).count();
+            let _ = unescape(&text);
+            let _ = (pids(&text).count(), blkio(&text).count(), io_stat(&text).count());
+            let _ = (rdma(&text).count(), pressure(&text).count(), partition(&text, 1, 1));
+        }
+
+        #[test]
+        fn no_path_leads_out_of_the_hierarchy(path in "[a-c.:/\0\n-]{0,40}(\\.slice)?[a-c.:/-]{0,20}", id in "[a-z./]{1,10}", systemd: bool) {
+            for path in [Some(path.as_str()), None] {
+                if let Ok(Some(path)) = container_path(path, systemd, &id) {
+                    prop_assert!(!path.as_os_str().is_empty());
+                    prop_assert!(path.components().all(|part| matches!(part, Component::Normal(_))));
+                }
+            }
+            if let Some(folder) = folder_in(Path::new("/"), Path::new("/m"), &path) {
+                prop_assert!(folder.starts_with("/m"));
+                prop_assert!(folder.components().all(|part| part != Component::ParentDir));
+            }
+        }
+
+        #[test]
+        fn escapes_are_undone(path in "/[ -~\t\n]{0,40}") {
+            prop_assert_eq!(unescape(&escape(&path)), PathBuf::from(path));
+        }
+
+        #[test]
+        fn memberships_come_back(lines in proptest::collection::vec(("[a-z,=]{1,12}", "/[ -~]{0,30}"), 0..12)) {
+            let text: String = lines.iter().enumerate().map(|(i, (c, p))| format!("{}:{c}:{p}\n", i + 1)).collect();
+            let found: Vec<_> = memberships(&text).map(|m| (m.controllers.to_owned(), m.path.to_owned())).collect();
+            prop_assert_eq!(found, lines);
+        }
+
+        #[test]
+        fn keyed_values_come_back(pairs in proptest::collection::btree_map("[a-z_]{1,20}", any::<u64>(), 0..40)) {
+            let text: String = pairs.iter().map(|(key, value)| format!("{key} {value}\n")).collect();
+            let stat = Keyed::parse(&text);
+            for (key, value) in &pairs {
+                prop_assert_eq!(stat.get(key), Some(*value));
+            }
+        }
+    }
+}
