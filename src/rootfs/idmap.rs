@@ -106,11 +106,11 @@ impl Holder {
         }
         let result = match pid {
             ..0 => Err(io::Error::last_os_error()),
-            // SAFETY: the kernel stored a new descriptor (close-on-exec) that nobody else owns.
-            _ => Ok(Self {
-                pid,
-                pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
-            }),
+            _ => {
+                // SAFETY: the kernel stored a new descriptor (close-on-exec) that nobody else owns.
+                let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+                Ok(Self { pid, pidfd })
+            }
         };
         pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None)?;
         result

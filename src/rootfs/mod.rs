@@ -318,16 +318,26 @@ fn shortened(text: &str) -> String {
 
 /// A file system or a helper program may repeat what it was told.
 fn without_secrets(error: Error, mount: &Mount) -> Error {
-    let secrets = mount.options.iter().filter_map(|word| word.split_once('='));
-    let secrets: Vec<_> = secrets
-        .filter(|(key, value)| options::is_secret(key) && !value.is_empty())
-        .map(|(_, value)| value)
-        .collect();
+    let mut secrets = Vec::new();
+    for word in &mount.options {
+        let mut rest = Some(word.as_str());
+        while let Some(text) = rest {
+            if let Some((key, value)) = text.split_once('=')
+                && options::is_secret(key.split(',').next_back().unwrap_or(key))
+                && !value.is_empty()
+            {
+                // With all that follows, should a comma belong to it, and up to the comma.
+                secrets.extend([value, value.split(',').next().unwrap_or(value)]);
+            }
+            rest = text.split_once(',').map(|(_, rest)| rest);
+        }
+    }
+    secrets.retain(|secret| !secret.is_empty());
     if secrets.is_empty() {
         return error;
     }
     let text = secrets
         .iter()
-        .fold(error.to_string(), |text, secret| text.replace(secret, "…"));
+        .fold(error.to_string(), |text, secret| text.replace(*secret, "…"));
     Error::new(error.kind(), text)
 }

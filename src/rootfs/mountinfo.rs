@@ -69,7 +69,7 @@ pub fn parse_line(line: &[u8]) -> Option<Entry<'_>> {
 
 /// The fields before and after the lonely `-` that ends the optional fields.
 fn split_at_separator(line: &[u8]) -> Option<(&[u8], &[u8])> {
-    // Six fields come first, none of which is a lonely "-" by chance: options are never that short.
+    // None of the six fields before is a "-": they are numbers, paths and flags.
     let at = line.windows(3).position(|window| window == b" - ")?;
     Some((&line[..at], &line[at + 3..]))
 }

@@ -130,7 +130,7 @@ pub(super) fn attach(mount: &Mount, options: &Options, target: &Target, api: Ove
     }
     match (&options.idmap, api) {
         (Some(map), _) => settle(overlay.idmapped(map, target, api)?, target),
-        (None, OverlayApi::Layers) => settle(overlay.from_layers(&overlay.layers)?, target),
+        (None, OverlayApi::Layers) => settle(overlay.by_layers(&overlay.layers)?, target),
         (None, OverlayApi::Page) => {
             let page = overlay.page()?;
             from_page(mount, options, target, page.folder.as_deref(), &page.data)
@@ -157,7 +157,7 @@ struct Page {
 
 impl Overlay<'_> {
     /// A detached overlay whose layers are handed over one by one.
-    fn from_layers(&self, layers: &Layers) -> Result<OwnedFd> {
+    fn by_layers(&self, layers: &Layers) -> Result<OwnedFd> {
         let mut open = Vec::new();
         let mut parameters = Vec::new();
         for word in &self.others {
@@ -296,7 +296,7 @@ impl Overlay<'_> {
             data: numbers.collect(),
         };
         match api {
-            OverlayApi::Layers => self.from_layers(&layers),
+            OverlayApi::Layers => self.by_layers(&layers),
             OverlayApi::Page => {
                 folder("overlay").context(|| "cannot make a folder for the overlay")?;
                 let data = mount::page_of(&[self.words(&layers.list(str::to_owned))])?;
