@@ -143,6 +143,9 @@ impl Arguments {
                 _ => return Err(Error::invalid(format!("unknown option {word}; see --help"))),
             }
         }
+        if arguments.quick && arguments.readme {
+            return Err(Error::invalid("--readme needs a whole run: leave out --quick"));
+        }
         if arguments.quick {
             arguments.iterations = 2;
             arguments.warm_up = 0;

@@ -2,11 +2,11 @@
 //! commands as the limit.
 //!
 //! `cargo bench --bench shims -- --help` lists the options. The harness speaks ttrpc straight to the shim binaries; no containerd
-//! takes part, and a containerd of the machine is not touched: everything lives in a mount and a process namespace of its own,
-//! under one temporary folder and one cgroup, and ends with them.
+//! takes part, and a containerd of the machine is not touched: everything lives in a mount and a process namespace of its own
+//! and under one cgroup, and ends with them.
 //!
 //! ```text
-//! main ─▶ stage (namespaces, tmpfs, clean-up) ─▶ run ─▶ lifecycle · memory · stdio · burst   what is measured
+//! main ─▶ stage (namespaces, clean-up)      ─▶ run ─▶ lifecycle · memory · stdio · burst   what is measured
 //!                                                 │          │
 //!                                                 │          ▼
 //!                                                 │     shim · crun · bundle · events       how the candidates are driven

@@ -123,10 +123,9 @@ async fn side_by_side(bench: &Bench, candidate: Candidate) -> Result<Vec<(Metric
         per_container = vec![
             (Metric::PssOne, before.pss_kib / 1024.0),
             (Metric::PssMany, after.pss_kib / 1024.0),
-            // The private pages: PSS would also move with what the neighbours do.
             (
                 Metric::PerContainer,
-                (after.private_kib - before.private_kib).max(0.0) / further,
+                (after.pss_kib - before.pss_kib).max(0.0) / further,
             ),
         ];
     }

@@ -87,6 +87,7 @@ pub(crate) fn title(arguments: &Arguments, metric: Metric) -> String {
         Metric::PssMany => format!("PSS, {} containers", arguments.containers),
         Metric::Pss => format!("PSS, {} pods", arguments.pods),
         Metric::BurstTime => format!("{} at once, all started", arguments.burst),
+        Metric::BurstMemory => format!("  PSS of the {} shims", arguments.burst),
         metric => metric.title().into(),
     }
 }

@@ -67,7 +67,7 @@ metrics! {
     PssOne = "pss_one_container", "PSS, 1 container", Mebibytes;
     /// The same shim's with many containers.
     PssMany = "pss_many_containers", "PSS, 10 containers", Mebibytes;
-    /// Private memory of each further container.
+    /// What each further container adds to the PSS.
     PerContainer = "per_container", "each further container", Kibibytes;
     /// Container to stdout.
     Out = "stdout", "stdout", MebibytesPerSecond;
@@ -80,7 +80,7 @@ metrics! {
     /// From the first shim's start until all containers run.
     BurstTime = "burst_time", "50 at once, all started", Milliseconds;
     /// Sum of the PSS of their shims.
-    BurstMemory = "burst_memory", "  PSS of all shims", Mebibytes;
+    BurstMemory = "burst_memory", "  PSS of their shims", Mebibytes;
 }
 
 /// What a number counts.

@@ -146,9 +146,6 @@ impl Shim {
             .await
             .map_err(|e| with_log(e, &log))?;
         let usable = started.begin.elapsed();
-        if let Some(socket) = address.strip_prefix("unix://") {
-            bench.stage.note_socket(Path::new(socket))?;
-        }
         let pid = connected.shim_pid();
         Ok(Self {
             client,

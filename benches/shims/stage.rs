@@ -1,12 +1,11 @@
-//! Where the measurement takes place: a mount namespace, a process namespace, a tmpfs and a parent cgroup of its own.
+//! Where the measurement takes place: a mount namespace, a process namespace, a /run and a parent cgroup of its own.
 //!
 //! The program runs twice. The outer one makes the namespaces, starts itself again as their first process, and waits. When the
-//! inner one ends, in whatever way, the kernel ends every process that it left, so that the outer one finds only empty cgroups and
-//! a few socket files to remove. Ctrl-C kills the inner one.
+//! inner one ends, in whatever way, the kernel ends every process that it left and forgets every mount, file and socket, so that
+//! the outer one finds only empty cgroups to remove. Ctrl-C kills the inner one.
 
 use std::{
-    fs,
-    io::{self, Write},
+    fs, io,
     os::fd::AsFd,
     path::{Path, PathBuf},
     process::{Command, ExitCode},
@@ -14,17 +13,23 @@ use std::{
 };
 
 use nix::{
-    mount::{MntFlags, MsFlags, mount, umount2},
+    errno::Errno,
+    mount::{MsFlags, mount},
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sched::{CloneFlags, unshare},
-    sys::signal::{SigSet, Signal},
-    sys::signalfd::{SfdFlags, SignalFd},
+    sys::{
+        signal::{SigSet, Signal},
+        signalfd::{SfdFlags, SignalFd},
+    },
     unistd::{Pid, geteuid, getpid},
 };
-use proxmox_lxcri::error::{Context, Error, Result};
+use proxmox_lxcri::error::{Context, Error, Kind, Result};
 
-/// Tells the inner program its folder.
-const SCRATCH: &str = "SHIMS_BENCH_SCRATCH";
+/// Tells the inner program the name of its cgroup.
+const CGROUP: &str = "SHIMS_BENCH_CGROUP";
+/// Everything is made here: a tmpfs, as on a real machine, that nobody else sees. The sockets of the shims and the state of the
+/// runtimes lie in it too.
+const RUN: &str = "/run";
 /// Where a machine with cgroup v1 in hybrid mode mounts the second hierarchy, which crun refuses.
 const HYBRID: &str = "/sys/fs/cgroup/unified";
 const CGROUPS: &str = "/sys/fs/cgroup";
@@ -32,7 +37,7 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 /// The folders that the measurement may write to.
 #[derive(Debug, Clone)]
 pub(crate) struct Stage {
-    /// A tmpfs; it vanishes with the namespace.
+    /// On a tmpfs; it vanishes with the namespace.
     pub(crate) scratch: PathBuf,
     /// Parent of all cgroups, as it is written into `linux.cgroupsPath`.
     pub(crate) cgroup: String,
@@ -43,40 +48,28 @@ pub(crate) struct Stage {
 impl Stage {
     /// The stage, if this is the inner program.
     pub(crate) fn inside() -> Option<Result<Self>> {
-        let scratch = PathBuf::from(std::env::var_os(SCRATCH)?);
-        Some(Self::enter(scratch))
+        let name = std::env::var(CGROUP).ok()?;
+        Some(Self::enter(&name))
     }
 
-    fn enter(scratch: PathBuf) -> Result<Self> {
+    fn enter(name: &str) -> Result<Self> {
         if getpid() != Pid::from_raw(1) {
             return Err(Error::invalid(format!(
-                "{SCRATCH} is set by this program itself; unset it"
+                "{CGROUP} is set by this program itself; unset it"
             )));
         }
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context(|| "cannot ask for a signal at the parent's death")?;
         // The process namespace needs its own view, or /proc shows the pids of the outer one.
-        mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), None::<&str>).context(|| "cannot mount /proc")?;
+        cover(Path::new("/proc"), "proc")?;
+        let scratch = Path::new(RUN).join("shims-bench");
+        fs::create_dir(&scratch).context(|| format!("cannot make {}", scratch.display()))?;
         let netns = scratch.join("netns");
         make_netns(&netns)?;
-        let name = cgroup_name(&scratch)?;
         Ok(Self {
             cgroup: format!("/{name}"),
             scratch,
             netns,
         })
-    }
-
-    /// Notes a socket file outside the scratch folder, so that it is removed in the end.
-    ///
-    /// # Errors
-    /// The operating system's.
-    pub(crate) fn note_socket(&self, socket: &Path) -> Result<()> {
-        fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(self.scratch.join("sockets"))
-            .and_then(|mut file| writeln!(file, "{}", socket.display()))
-            .context(|| "cannot note the socket of a shim")
     }
 }
 
@@ -87,26 +80,23 @@ impl Stage {
 pub(crate) fn supervise() -> Result<ExitCode> {
     if !geteuid().is_root() {
         return Err(Error::new(
-            proxmox_lxcri::error::Kind::PermissionDenied,
+            Kind::PermissionDenied,
             "containers need root: run it with sudo",
         ));
     }
-    let scratch = tempfile::Builder::new()
-        .prefix("shims-bench.")
-        .tempdir()
-        .context(|| "cannot make a temporary folder")?;
-    let done = run_inside(scratch.path());
-    let mut errors = clean(scratch.path());
-    match done {
-        Ok(code) => Error::all(errors).map_or(Ok(code), Err),
-        Err(e) => {
-            errors.insert(0, e);
+    let cgroup = format!("shims-bench-{}", getpid());
+    let done = run_inside(&cgroup);
+    let cleaned = remove_cgroups(&cgroup);
+    match (done, cleaned) {
+        (Ok(code), Ok(())) => Ok(code),
+        (done, cleaned) => {
+            let errors = done.err().into_iter().chain(cleaned.err()).collect();
             Error::all(errors).map_or(Ok(ExitCode::FAILURE), Err)
         }
     }
 }
 
-fn run_inside(scratch: &Path) -> Result<ExitCode> {
+fn run_inside(cgroup: &str) -> Result<ExitCode> {
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD] {
         signals.add(signal);
@@ -116,41 +106,20 @@ fn run_inside(scratch: &Path) -> Result<ExitCode> {
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .context(|| "cannot make a signalfd")?;
 
+    let program = std::env::current_exe().context(|| "cannot find this program")?;
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID).context(|| "cannot make namespaces")?;
-    mount(
-        None::<&str>,
-        "/",
-        None::<&str>,
-        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-        None::<&str>,
-    )
-    .context(|| "cannot make the mounts private")?;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>).context(|| "cannot make the mounts private")?;
     if is_mount_point(Path::new(HYBRID)) {
         // Covered, not unmounted: crun makes folders and plain files for its cgroups below this path, whatever it is, and on the
         // tmpfs beneath they would outlive this namespace.
-        mount(
-            Some("shims-bench"),
-            HYBRID,
-            Some("tmpfs"),
-            MsFlags::empty(),
-            None::<&str>,
-        )
-        .context(|| format!("cannot cover {HYBRID} in the private namespace"))?;
+        cover(Path::new(HYBRID), "tmpfs")?;
     }
-    // Like containerd's state folder: in memory.
-    mount(
-        Some("shims-bench"),
-        scratch,
-        Some("tmpfs"),
-        MsFlags::empty(),
-        Some("mode=0711"),
-    )
-    .context(|| format!("cannot mount a tmpfs on {}", scratch.display()))?;
+    cover(Path::new(RUN), "tmpfs")?;
 
-    let program = std::env::current_exe().context(|| "cannot find this program")?;
     let mut child = Command::new(program)
         .args(std::env::args_os().skip(1))
-        .env(SCRATCH, scratch)
+        .env(CGROUP, cgroup)
         .spawn()
         .context(|| "cannot start the inner program")?;
     let status = loop {
@@ -159,7 +128,7 @@ fn run_inside(scratch: &Path) -> Result<ExitCode> {
         }
         let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, PollTimeout::NONE) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Ok(_) | Err(Errno::EINTR) => {}
             Err(e) => return Err(e).context(|| "cannot wait for a signal"),
         }
         while let Ok(Some(info)) = signals.read_signal() {
@@ -175,32 +144,10 @@ fn run_inside(scratch: &Path) -> Result<ExitCode> {
     })
 }
 
-/// Removes what outlives the namespaces.
-fn clean(scratch: &Path) -> Vec<Error> {
-    let mut errors = Vec::new();
-    if let Ok(sockets) = fs::read_to_string(scratch.join("sockets")) {
-        for socket in sockets.lines() {
-            errors.extend(
-                absent_is_fine(fs::remove_file(socket))
-                    .context(|| format!("cannot remove {socket}"))
-                    .err(),
-            );
-        }
-    }
-    // Whatever was mounted below is in this private namespace only; the folder itself is on the machine.
-    while umount2(scratch, MntFlags::MNT_DETACH).is_ok() {}
-    match cgroup_name(scratch) {
-        Ok(name) => errors.extend(remove_cgroups(&name).err()),
-        Err(e) => errors.push(e),
-    }
-    errors
-}
-
-fn cgroup_name(scratch: &Path) -> Result<String> {
-    let name = scratch.file_name().and_then(|name| name.to_str());
-    let name = name.ok_or_else(|| Error::invalid(format!("odd temporary folder {}", scratch.display())))?;
-    // systemd reads a dot in a cgroup's name as a unit's suffix.
-    Ok(name.replace('.', "-"))
+/// Mounts an empty file system over a folder.
+fn cover(folder: &Path, kind: &str) -> Result<()> {
+    mount(Some("shims-bench"), folder, Some(kind), MsFlags::empty(), None::<&str>)
+        .context(|| format!("cannot mount {kind} on {} in the private namespace", folder.display()))
 }
 
 fn remove_cgroups(name: &str) -> Result<()> {
