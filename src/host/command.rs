@@ -890,7 +890,7 @@ impl Drop for Owned {
 }
 
 /// A program that was started by [`Reaper::spawn`]. Dropped before its exit was seen, it is killed (with its process group, if it has
-/// one of its own) and reaped by [`Reaper::run`].
+/// one of its own) and reaped by [`Reaper::run`]; [`Child::leave`] lets it live.
 #[derive(Debug)]
 pub struct Child {
     owned: Owned,
