@@ -18,7 +18,7 @@ use std::{ffi::OsString, io::Write, path::Path, process::ExitCode};
 
 use args::Action;
 
-use crate::{error::Result, task::bundle::Bundle};
+use crate::{config, error::Result, task::bundle::Bundle};
 
 /// The name under which containerd knows this runtime.
 pub const RUNTIME: &str = "io.containerd.proxmox-lxcri.v1";
@@ -68,6 +68,16 @@ fn group<'a>(bundle: &'a Bundle, id: &'a str) -> &'a str {
         .map(String::as_str)
         .filter(|group| !group.is_empty())
         .unwrap_or(id)
+}
+
+/// The container as the routing rules see it.
+fn container<'a>(flags: &'a args::Flags, bundle: &'a Bundle) -> config::Container<'a> {
+    config::Container {
+        namespace: &flags.namespace,
+        id: &flags.id,
+        annotations: &bundle.config.annotations,
+        cgroups_path: bundle.config.linux.cgroups_path.as_deref(),
+    }
 }
 
 /// The engine that the server serves.
