@@ -18,9 +18,8 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::Options,
     error::{Error, Result},
-    host::command::Pidfd,
+    host::command::{Pidfd, Reaper},
     task::{bundle::Bundle, record::Record},
 };
 
@@ -173,11 +172,13 @@ pub trait Backend: Send + Sync {
     }
 }
 
-/// The backend that `options` names, or `Unimplemented` with its name when it does not exist yet.
-pub fn by_name(name: &str, options: &Options) -> Result<Arc<dyn Backend>> {
-    let _ = options;
+/// The backend `name`, or `Unimplemented` with its name when it does not exist yet. Programs are run through `reaper`.
+///
+/// # Errors
+/// `Unimplemented` for one that is planned, `InvalidArgument` for any other.
+pub fn by_name(name: &str, reaper: &Reaper) -> Result<Arc<dyn Backend>> {
     match name {
-        "crun" => Ok(Arc::new(crun::Crun::new())),
+        "crun" => Ok(Arc::new(crun::Crun::new(reaper.clone()))),
         "lxc" | "proxmox-lxc" | "proxmox-vm" => Err(Error::unimplemented(format!(
             "backend {name} is known but not built yet; use backend crun"
         ))),
