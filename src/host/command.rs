@@ -628,6 +628,7 @@ impl Reaper {
         let child = self.own(Arc::new(Pidfd::new(pid, pidfd))).map(|owned| Child {
             owned,
             grouped: command.group != Group::Inherited,
+            left: false,
         });
         drop(hold);
         if plan.failed == Step::Nothing {
@@ -861,11 +862,12 @@ impl Drop for Owned {
 }
 
 /// A program that was started by [`Reaper::spawn`]. Dropped before its exit was seen, it is killed (with its process group, if it has
-/// one of its own) and reaped by [`Reaper::run`].
+/// one of its own) and reaped by [`Reaper::run`]; [`Child::leave`] lets it live.
 #[derive(Debug)]
 pub struct Child {
     owned: Owned,
     grouped: bool,
+    left: bool,
 }
 
 impl Child {
@@ -887,6 +889,11 @@ impl Child {
         Ok(self.owned.wait().await)
     }
 
+    /// Leaves it to end by itself; it is reaped by [`Reaper::run`] then.
+    pub fn leave(mut self) {
+        self.left = true;
+    }
+
     /// Sends SIGKILL to it, and to its process group if it has one of its own. Does nothing once it was reaped.
     pub fn kill(&self) {
         // Under the lock it is not reaped in between, so the number is still the group's.
@@ -904,7 +911,9 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        self.kill();
+        if !self.left {
+            self.kill();
+        }
     }
 }
 
