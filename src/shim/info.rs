@@ -9,9 +9,10 @@ use containerd_shim_protos::{
 
 use super::{RUNTIME, bootstrap};
 use crate::{
+    backend::crun::Crun,
     config::{self, Options},
     error::{Error, Result},
-    host::command::{Command, Reaper},
+    host::command::Reaper,
 };
 
 /// The name under which containerd's consumers decode OCI features (containerd/typeurl; runtime-spec features.md). The value is JSON.
@@ -57,7 +58,7 @@ pub fn info() -> Result<Vec<u8>> {
     .map_err(|e| Error::unknown("cannot encode the runtime's description").with_source(e))
 }
 
-/// OCI features (JSON) of the backend that `options` choose; `None` if it cannot tell: crun before 1.9, a backend without a program.
+/// OCI features (JSON) of the backend that `options` choose; `None` if it cannot tell.
 fn features(options: &Options) -> Option<Vec<u8>> {
     if options.backend != "crun" {
         return None;
@@ -66,8 +67,7 @@ fn features(options: &Options) -> Option<Vec<u8>> {
         .enable_all()
         .build()
         .ok()?;
-    let command = Command::new(&options.crun_binary).arg("features");
-    let output = runtime.block_on(Reaper::new().output(command, FEATURES_BOUND)).ok()?;
-    let object = serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&output.stdout).is_ok();
-    (output.exit.status == 0 && object).then_some(output.stdout)
+    let crun = Crun::new(Reaper::new());
+    let asked = runtime.block_on(async { tokio::time::timeout(FEATURES_BOUND, crun.features(options)).await });
+    serde_json::to_vec(&asked.ok()?.ok()?).ok()
 }
