@@ -76,6 +76,16 @@ fn group<'a>(bundle: &'a Bundle, id: &'a str) -> &'a str {
         .unwrap_or(id)
 }
 
+/// The container as the routing rules see it.
+fn container<'a>(flags: &'a args::Flags, bundle: &'a Bundle) -> config::Container<'a> {
+    config::Container {
+        namespace: &flags.namespace,
+        id: &flags.id,
+        annotations: &bundle.config.annotations,
+        cgroups_path: bundle.config.linux.cgroups_path.as_deref(),
+    }
+}
+
 /// The engine that the server serves.
 fn engine(flags: &args::Flags, publisher: Arc<events::Publisher>) -> server::Parts {
     let reaper = Reaper::new();

@@ -27,6 +27,7 @@ use super::{args::Flags, events::Publisher, log::FifoLog};
 use crate::{
     backend::{BoxFuture, check_id},
     error::{Context, Error, Result},
+    host::command::become_subreaper,
 };
 
 /// The descriptor on which `start` leaves the listening socket.
@@ -66,7 +67,7 @@ pub fn serve(flags: &Flags, build: impl FnOnce(&Flags, Arc<Publisher>) -> Parts)
     prepare();
     FifoLog::new(&bundle, &flags.namespace, &flags.id, flags.debug).install()?;
     env::set_current_dir("/").context(|| "cannot leave the bundle")?;
-    prctl::set_child_subreaper(true).context(|| "cannot become the reaper of orphans")?;
+    become_subreaper()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(4)
