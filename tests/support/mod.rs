@@ -32,7 +32,7 @@ pub(crate) mod skip;
 pub(crate) mod task;
 pub(crate) mod universe;
 
-pub(crate) use node::{Node, until};
+pub(crate) use node::Node;
 
 /// Runs a test on a node with containerd alone; see [`node::run`].
 pub(crate) fn node<F: AsyncFnOnce(&Node)>(test: F) {

@@ -592,8 +592,10 @@ fn tear_down() {
     loop {
         for cgroup in universe::cgroups_named(&universe::token()) {
             // A frozen process does not die.
-            let _ = fs::write(cgroup.join("freezer.state"), "THAWED");
-            let _ = fs::write(cgroup.join("cgroup.freeze"), "0");
+            for (file, thawed) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
+                let file = File::options().write(true).open(cgroup.join(file));
+                let _ = file.and_then(|mut file| file.write_all(thawed.as_bytes()));
+            }
         }
         let mut left = leaks::processes();
         left.retain(|process| process.pid != 1 && process.pid != std::process::id());
