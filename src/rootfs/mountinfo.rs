@@ -41,8 +41,7 @@ pub fn parse(text: &[u8]) -> impl Iterator<Item = Entry<'_>> {
 
 /// One line without its newline; `None` when it is not of the documented form.
 pub fn parse_line(line: &[u8]) -> Option<Entry<'_>> {
-    let (fixed, file_system) = split_at_separator(line)?;
-    let mut fields = fixed.splitn(7, |&byte| byte == b' ');
+    let mut fields = line.splitn(7, |&byte| byte == b' ');
     let id = number(fields.next()?)?;
     let parent_id = number(fields.next()?)?;
     let device = fields.next()?;
@@ -51,7 +50,7 @@ pub fn parse_line(line: &[u8]) -> Option<Entry<'_>> {
     let root = path(fields.next()?);
     let mount_point = path(fields.next()?);
     let options = text(fields.next()?);
-    let optional = fields.next().unwrap_or_default();
+    let (optional, file_system) = split_at_separator(fields.next()?)?;
     let mut fields = file_system.splitn(3, |&byte| byte == b' ');
     Some(Entry {
         id,
@@ -67,11 +66,13 @@ pub fn parse_line(line: &[u8]) -> Option<Entry<'_>> {
     })
 }
 
-/// The fields before and after the lonely `-` that ends the optional fields.
-fn split_at_separator(line: &[u8]) -> Option<(&[u8], &[u8])> {
-    // None of the six fields before is a "-": they are numbers, paths and flags.
-    let at = line.windows(3).position(|window| window == b" - ")?;
-    Some((&line[..at], &line[at + 3..]))
+/// The optional fields, and what follows the lonely `-` that ends them.
+fn split_at_separator(rest: &[u8]) -> Option<(&[u8], &[u8])> {
+    if let Some(file_system) = rest.strip_prefix(b"- ") {
+        return Some((&[], file_system));
+    }
+    let at = rest.windows(3).position(|window| window == b" - ")?;
+    Some((&rest[..at], &rest[at + 3..]))
 }
 
 fn number(field: &[u8]) -> Option<u32> {
@@ -140,6 +141,7 @@ mod tests {
     fn optional_fields_and_the_source_may_be_missing() {
         let entry = parse_line(b"1 0 0:1 / / rw - tmpfs  rw").unwrap();
         assert_eq!(entry.optional, b"");
+        assert_eq!(&*parse_line(b"1 0 0:1 - - - - - - -").unwrap().fs_type, "-");
         assert_eq!(
             (&*entry.source, &*entry.super_options),
             (OsStr::new(""), OsStr::new("rw"))

@@ -2,7 +2,8 @@
 
 use std::{
     ffi::OsStr,
-    fs, io,
+    fs::{self, File},
+    io::{self, Read},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     thread,
@@ -26,6 +27,9 @@ const BUSY_PAUSE: Duration = Duration::from_millis(5);
 
 /// How often mountinfo is read before we say that somebody mounts faster than we unmount.
 const ROUNDS: u32 = 64;
+
+/// Room for a usual mountinfo; more is read all the same.
+const MOUNTINFO_BYTES: usize = 32 << 10;
 
 /// Unmounts everything at and below `rootfs`; see [`super::release`].
 pub(super) fn all(rootfs: &Path) -> Result<()> {
@@ -81,7 +85,11 @@ fn real(rootfs: &Path) -> Result<Option<PathBuf>> {
 /// Where something is mounted at and below `path`, one entry for each mount, in the order of mountinfo.
 fn mounted(path: &Path) -> Result<Vec<PathBuf>> {
     // Of this thread, whose mount namespace need not be that of the process.
-    let text = fs::read("/proc/thread-self/mountinfo").context(|| "cannot read mountinfo")?;
+    // In few reads: between two of them the list may change.
+    let mut text = Vec::with_capacity(MOUNTINFO_BYTES);
+    File::open("/proc/thread-self/mountinfo")
+        .and_then(|mut file| file.read_to_end(&mut text))
+        .context(|| "cannot read mountinfo")?;
     let points = mountinfo::parse(&text).map(|entry| entry.mount_point);
     Ok(points
         .filter(|point| point.starts_with(path))
