@@ -27,7 +27,10 @@ use super::{Backend, CheckpointOptions, ChildIo, ExecSpec, Launched, Observed, c
 use crate::{
     config::Options,
     error::{Context, Error, Kind, Result},
-    host::command::{Command, Output, Pidfd, Reaper, identity, is_alive},
+    host::{
+        cgroup::Cgroup,
+        command::{Command, Output, Pidfd, Reaper, end, identity, is_alive},
+    },
     task::{
         bundle::Bundle,
         record::{Identity, Record},
@@ -216,17 +219,29 @@ impl Crun {
         Ok(Launched { pid, process, exit })
     }
 
-    /// Ends whatever runs from a state folder that crun itself cannot read any more.
-    async fn end_leftovers(&self, rec: &Record, dir: &Path) -> Result<()> {
+    /// Undoes by hand what crun cannot: its state folder, if there is one, does not tell any more what it made.
+    async fn undo_half_made(&self, rec: &Record, dir: &Path) -> Result<()> {
         let mut leftovers: Vec<Identity> = rec.init.into_iter().collect();
-        leftovers.extend(read_status(dir).and_then(|status| status.identity()));
         if dir.exists() {
             leftovers.extend(processes_that_hold(dir)?);
         }
         for process in leftovers {
-            kill_and_wait(&process).await?;
+            end(&process, KILL_TIMEOUT).await?;
         }
-        Ok(())
+        if !dir.exists() {
+            return Ok(());
+        }
+        let cgroup = Cgroup::expected(rec.cgroups_path.as_deref(), rec.options.systemd_cgroup, &rec.id)?;
+        if let Some(cgroup) = cgroup {
+            cgroup.remove(KILL_TIMEOUT).await?;
+        }
+        // Last: as long as it is there, another delete comes this way.
+        match fs::remove_dir_all(dir) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(e).context(|| format!("cannot remove {}", dir.display()))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -293,7 +308,7 @@ impl Backend for Crun {
 
     async fn observe(&self, rec: &Record) -> Result<Observed> {
         let dir = state_dir(rec)?;
-        let Some(status) = read_status(&dir) else {
+        let Some(status) = read_status(&dir).filter(|status| !status.is_of_another(&rec.bundle)) else {
             return Ok(Observed::Absent);
         };
         let Some(init) = status.identity().filter(is_alive) else {
@@ -307,33 +322,31 @@ impl Backend for Crun {
     }
 
     /// Works on a state that crun left half-written, too: crun 1.8.1 removes such a state with success while its processes live on.
+    /// A container of the same id in the same crun root, but of another bundle, is another daemon's and is left alone.
     async fn delete(&self, rec: &Record) -> Result<()> {
         let dir = state_dir(rec)?;
+        let Some(status) = read_status(&dir) else {
+            return self.undo_half_made(rec, &dir).await;
+        };
+        if status.is_of_another(&rec.bundle) {
+            log::warn!(
+                "container {} in {} belongs to bundle {}; it is left alone",
+                rec.id,
+                dir.display(),
+                status.bundle.display()
+            );
+            return Ok(());
+        }
         let mut errors = Vec::new();
-        let readable = read_status(&dir).is_some();
-        if readable {
-            let args = vec![Verb::Delete.name().into(), "--force".into(), rec.id.clone().into()];
-            match self.call(rec, Verb::Delete, args, no_io()).await {
-                Err(e) if e.kind() == Kind::NotFound => {}
-                Err(e) => errors.push(e),
-                Ok(()) => {}
-            }
+        let args = vec![Verb::Delete.name().into(), "--force".into(), rec.id.clone().into()];
+        match self.call(rec, Verb::Delete, args, no_io()).await {
+            Err(e) if e.kind() != Kind::NotFound => errors.push(e),
+            _ => {}
         }
-        let left = dir.exists();
-        if left || !readable {
-            errors.extend(self.end_leftovers(rec, &dir).await.err());
-        }
-        // A state that crun can read stays for its next delete, which knows the cgroup to remove.
-        if left && !readable && errors.is_empty() {
-            match fs::remove_dir_all(&dir) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    errors.extend(
-                        Err::<(), _>(e)
-                            .context(|| format!("cannot remove {}", dir.display()))
-                            .err(),
-                    );
-                }
-                _ => {}
+        if dir.exists() {
+            // The state stays for the next delete: it knows the cgroup. But nothing runs on.
+            for process in status.identity().into_iter().chain(rec.init) {
+                errors.extend(end(&process, KILL_TIMEOUT).await.err());
             }
         }
         Error::all(errors).map_or(Ok(()), Err)
@@ -597,9 +610,21 @@ struct Status {
     /// Field 22 of /proc/<pid>/stat; 0 in versions that did not write it.
     #[serde(default, rename = "process-start-time")]
     start_ticks: u64,
+    /// The folder that crun was started in, without symbolic links.
+    #[serde(default)]
+    bundle: PathBuf,
 }
 
 impl Status {
+    /// Whether the container was made from another bundle, which still exists.
+    fn is_of_another(&self, bundle: &Path) -> bool {
+        let real = |path: &Path| fs::canonicalize(path).ok();
+        self.bundle != bundle && self.bundle.is_absolute() && {
+            let theirs = real(&self.bundle);
+            theirs.is_some() && theirs != real(bundle)
+        }
+    }
+
     fn identity(&self) -> Option<Identity> {
         // 0 in the status of a container that was made and has no init yet.
         (self.pid > 1).then_some(Identity {
@@ -641,24 +666,6 @@ fn processes_that_hold(dir: &Path) -> Result<Vec<Identity>> {
         }
     }
     Ok(found)
-}
-
-async fn kill_and_wait(process: &Identity) -> Result<()> {
-    // Opened first: what was alive and the same afterwards is what the descriptor holds.
-    let Ok(pidfd) = Pidfd::open(process.pid) else {
-        return Ok(());
-    };
-    if !is_alive(process) || pidfd.signal(libc::SIGKILL).is_err_and(|e| e.kind() == Kind::NotFound) {
-        return Ok(());
-    }
-    match tokio::time::timeout(KILL_TIMEOUT, pidfd.wait_exited()).await {
-        Ok(waited) => waited,
-        Err(_) => Err(Error::deadline(format!(
-            "process {} did not end within {} s of SIGKILL; it is still there",
-            process.pid,
-            KILL_TIMEOUT.as_secs()
-        ))),
-    }
 }
 
 fn missing_program(error: Error, options: &Options) -> Error {
@@ -706,7 +713,7 @@ fn classify(id: &str, status: u32, errors: &[String]) -> Error {
             "exec: {program:?}: executable file not found in $PATH: no such file or directory"
         ));
     }
-    if starts("open executable: Permission denied") {
+    if starts("open executable: ") {
         return Error::invalid(format!("{message}: the program is not an executable file"));
     }
     if starts("cgroups in hybrid mode not supported") {

@@ -51,11 +51,11 @@ pub struct Parts {
 /// Runs the shim until it has nothing to do any more. `build` makes the engine, inside the runtime.
 ///
 /// The process is prepared here: name, umask, memory allocator, log, subreaper, working directory `/` (so that neither the bundle nor
-/// what it lies on is kept busy). `build` is given the bundle in which `start` was called.
+/// what it lies on is kept busy).
 ///
 /// # Errors
 /// `FailedPrecondition` when descriptor 3 is not a listening socket: somebody ran the program without an action.
-pub fn serve(flags: &Flags, build: impl FnOnce(&Flags, PathBuf, Arc<Publisher>) -> Result<Parts>) -> Result<()> {
+pub fn serve(flags: &Flags, build: impl FnOnce(&Flags, Arc<Publisher>) -> Parts) -> Result<()> {
     check_id("namespace", &flags.namespace)?;
     check_id("id", &flags.id)?;
     let listener = inherited_listener()?;
@@ -74,7 +74,7 @@ pub fn serve(flags: &Flags, build: impl FnOnce(&Flags, PathBuf, Arc<Publisher>) 
         .thread_keep_alive(Duration::from_secs(2))
         .build()
         .context(|| "cannot start the runtime")?;
-    let result = runtime.block_on(run(flags, listener, socket, bundle, build));
+    let result = runtime.block_on(run(flags, listener, socket, build));
     if let Err(e) = &result {
         log::error!("{e}");
     }
@@ -87,8 +87,7 @@ async fn run(
     flags: &Flags,
     listener: UnixListener,
     socket: Option<PathBuf>,
-    bundle: PathBuf,
-    build: impl FnOnce(&Flags, PathBuf, Arc<Publisher>) -> Result<Parts>,
+    build: impl FnOnce(&Flags, Arc<Publisher>) -> Parts,
 ) -> Result<()> {
     let ttrpc_address = env::var("TTRPC_ADDRESS").ok().filter(|address| !address.is_empty());
     let fallback = || Some(format!("{}.ttrpc", flags.address)).filter(|_| !flags.address.is_empty());
@@ -96,7 +95,7 @@ async fn run(
         &flags.namespace,
         ttrpc_address.or_else(fallback).as_deref(),
     ));
-    let Parts { services, done, busy } = build(flags, bundle, publisher.clone())?;
+    let Parts { services, done, busy } = build(flags, publisher.clone());
     let listener = Listener::try_from(listener).context(|| "cannot use the listening socket")?;
     let mut server = Server::new().add_listener(listener).register_service(services);
     server

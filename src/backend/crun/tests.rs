@@ -142,12 +142,19 @@ fn the_reasons_of_crun_1_8_1_have_their_kinds() {
             Kind::InvalidArgument,
             r#"exec: "nosuch": executable file not found in $PATH: no such file or directory"#,
         ),
-        // It says the same of an absolute path, and of a folder.
+        // It says the same of an absolute path.
         (
             255,
-            r#"{"msg":"executable file `/etc` not found in $PATH: No such file or directory","level":"error","time":"2026-11-23T06:02:35.205322Z"}"#,
+            r#"{"msg":"executable file `/nosuch` not found in $PATH: No such file or directory","level":"error","time":"2026-11-23T06:02:35.194537Z"}"#,
             Kind::InvalidArgument,
-            r#"exec: "/etc": executable file not found in $PATH: no such file or directory"#,
+            r#"exec: "/nosuch": executable file not found in $PATH: no such file or directory"#,
+        ),
+        // A folder.
+        (
+            255,
+            r#"{"msg":"open executable: Operation not permitted","level":"error","time":"2026-11-23T06:39:57.101513Z"}"#,
+            Kind::InvalidArgument,
+            "open executable: Operation not permitted: the program is not an executable file",
         ),
         (
             255,
@@ -344,7 +351,8 @@ fn with_node(name: &str, args: &[&str], body: impl for<'a> FnOnce(&'a mut Node) 
     let mut json: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
     json["process"]["terminal"] = false.into();
     json["process"]["args"] = args.into();
-    json["linux"]["cgroupsPath"] = format!("/{}", rec.id).into();
+    rec.cgroups_path = Some(format!("/{}", rec.id));
+    json["linux"]["cgroupsPath"] = rec.cgroups_path.clone().into();
     fs::write(&config, json.to_string()).unwrap();
     let before = entries(&rec.bundle);
     block_on(async {
@@ -362,6 +370,8 @@ fn with_node(name: &str, args: &[&str], body: impl for<'a> FnOnce(&'a mut Node) 
         assert_eq!(node.crun.observe(&node.rec).await.unwrap(), Observed::Absent);
         assert_eq!(entries(&node.rec.bundle), before);
         assert_eq!(entries(&root(&node.rec).unwrap()), HashSet::new());
+        let cgroup = Cgroup::expected(node.rec.cgroups_path.as_deref(), false, &node.rec.id).unwrap();
+        assert_eq!(cgroup, None);
         // crun and all that it started are gone, or about to be.
         while is_busy(&node.rec.id) {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -492,7 +502,7 @@ fn an_exec_tells_its_exit_and_a_missing_program_is_named() {
                         "/nosuch",
                         "exec: \"/nosuch\": executable file not found in $PATH: no such file",
                     ),
-                    ("/bin", "exec: \"/bin\": executable file not found in $PATH"),
+                    ("/bin", "the program is not an executable file"),
                     ("/noexec", "Permission denied"),
                 ] {
                     let error = node.exec(&[program]).await.err().unwrap();
@@ -622,6 +632,31 @@ fn what_a_crun_killed_in_the_middle_of_create_left_is_deleted() {
                 node.rec.init = Some(identity(init.pid).unwrap());
                 fs::write(state_dir(&node.rec).unwrap().join("status"), "").unwrap();
                 node.crun.delete(&node.rec).await.unwrap();
+                assert_eq!(init.exit.await.status, 137);
+            })
+        },
+    );
+}
+
+#[test]
+fn a_container_of_another_bundle_is_not_deleted_for_its_name() {
+    with_node(
+        "a_container_of_another_bundle_is_not_deleted_for_its_name",
+        &["/bin/sleep", "1000"],
+        |node| {
+            Box::pin(async {
+                let (init, _out) = node.create().await.unwrap();
+                let mut other = node.rec.clone();
+                other.bundle = node.dir.path().join("other");
+                fs::create_dir(&other.bundle).unwrap();
+                assert_eq!(node.crun.observe(&other).await.unwrap(), Observed::Absent);
+                node.crun.delete(&other).await.unwrap();
+                let pid = init.pid;
+                assert_eq!(node.crun.observe(&node.rec).await.unwrap(), Observed::Created { pid });
+                // By another name of the same folder it is the same.
+                other.bundle = node.dir.path().join("link");
+                std::os::unix::fs::symlink(&node.rec.bundle, &other.bundle).unwrap();
+                node.crun.delete(&other).await.unwrap();
                 assert_eq!(init.exit.await.status, 137);
             })
         },
