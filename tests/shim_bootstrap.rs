@@ -263,6 +263,36 @@ fn the_shim_is_a_detached_process_that_holds_nothing_of_its_caller() {
 }
 
 #[test]
+fn the_shim_speaks_into_containerds_log() {
+    let daemon = Daemon::new();
+    let bundle = daemon.bundle("a", "");
+    // As containerd opens it.
+    let mut log = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(bundle.join("log"))
+        .unwrap();
+    let mut command = daemon.command(&bundle, "a", "start");
+    let args: Vec<_> = command.get_args().map(OsStr::to_owned).collect();
+    command = Command::new(PROGRAM);
+    command
+        .current_dir(&bundle)
+        .arg("-debug")
+        .args(args)
+        .stdin(Stdio::null());
+    text(command.output().unwrap());
+    let mut line = [0; 4096];
+    let length = std::io::Read::read(&mut log, &mut line).unwrap();
+    let line = std::str::from_utf8(&line[..length]).unwrap();
+    assert!(line.starts_with("time=\"20"), "{line}");
+    assert!(line.contains("level=debug msg=\"serving, pid "), "{line}");
+    assert!(
+        line.ends_with("runtime=io.containerd.proxmox-lxcri.v1 namespace=test id=a\n"),
+        "{line}"
+    );
+}
+
+#[test]
 fn the_shim_is_killed_before_containerd_but_not_before_its_time() {
     let daemon = Daemon::new();
     let bundle = daemon.bundle("a", "");

@@ -170,3 +170,39 @@ fn prepare() {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 10);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::signal::{Signal, raise};
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn signals_are_ignored_while_a_container_lives() {
+        let (asked, mut questions) = mpsc::unbounded_channel();
+        let mut answers = [true, true, false].into_iter();
+        let answers = std::sync::Mutex::new(move || answers.next().unwrap());
+        let mut end = tokio::spawn(ended_by_signal(Box::new(move || {
+            asked.send(()).unwrap();
+            answers.lock().unwrap()()
+        })));
+        // Until the handlers are there, a signal would end this process.
+        while !caught(Signal::SIGHUP) {
+            tokio::task::yield_now().await;
+        }
+        for signal in [Signal::SIGTERM, Signal::SIGINT] {
+            raise(signal).unwrap();
+            questions.recv().await.unwrap();
+            assert!(!end.is_finished());
+        }
+        raise(Signal::SIGHUP).unwrap();
+        (&mut end).await.unwrap().unwrap();
+    }
+
+    fn caught(signal: Signal) -> bool {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+        u64::from_str_radix(mask.trim(), 16).unwrap() & (1 << (signal as i32 - 1)) != 0
+    }
+}
