@@ -70,7 +70,12 @@ impl Daemon {
             let Ok(pid) = entry.file_name().to_string_lossy().parse() else {
                 continue;
             };
-            let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let mut words = Vec::new();
+            eventually("a process that was just executed has its arguments", || {
+                words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+                let ours = fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == Path::new(PROGRAM));
+                !words.is_empty() || !ours
+            });
             let words: Vec<_> = words.split(|b| *b == 0).collect();
             if words.contains(&address.as_bytes()) && !words.iter().any(|w| [&b"start"[..], b"delete"].contains(w)) {
                 pids.push(pid);
@@ -432,6 +437,94 @@ fn info_describes_the_runtime() {
         assert_eq!(info.version.version, env!("CARGO_PKG_VERSION"));
         assert_eq!(info.options.into_option(), expected);
     }
+}
+
+/// Options of runc's shim, by hand: field number and text.
+fn runc_options(field: u8, text: &str) -> Vec<u8> {
+    let mut value = vec![field << 3 | 2, u8::try_from(text.len()).unwrap()];
+    value.extend(text.as_bytes());
+    let any = Any {
+        type_url: "containerd.runc.v1.Options".into(),
+        value,
+        ..Default::default()
+    };
+    any.write_to_bytes().unwrap()
+}
+
+#[test]
+fn info_has_the_features_that_the_runtime_program_tells() {
+    let dir = tempfile::tempdir().unwrap();
+    let crun = dir.path().join("crun");
+    for (script, expected) in [
+        (
+            r#"#!/bin/sh
+        [ "$1" = features ] && echo '{"ociVersionMin":"1.0.0"}'"#,
+            Some("{\"ociVersionMin\":\"1.0.0\"}"),
+        ),
+        ("#!/bin/sh\necho '{}'; exit 1", None),
+        ("#!/bin/sh\necho garbage", None),
+    ] {
+        fs::write(&crun, script).unwrap();
+        fs::set_permissions(&crun, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let mut command = Command::new(PROGRAM);
+        command.arg("-info").stdout(Stdio::piped()).stderr(Stdio::piped());
+        // binary_name
+        let input = runc_options(6, crun.to_str().unwrap());
+        let info = RuntimeInfo::parse_from_bytes(&answer(output(command, &input))).unwrap();
+        let features = info.features.into_option();
+        let value = features.as_ref().map(|any| std::str::from_utf8(&any.value).unwrap());
+        assert_eq!(value, expected, "{script}");
+        if let Some(any) = features {
+            assert_eq!(
+                any.type_url,
+                "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_shim_is_in_its_cgroup_from_the_beginning() {
+    let daemon = Daemon::new();
+    let bundle = daemon.bundle("a", "");
+    let name = format!("/proxmox-lxcri-test-{}", std::process::id());
+    // shim_cgroup
+    let address = text(output(daemon.command(&bundle, "a", "start"), &runc_options(3, &name)));
+    let pid = daemon.shims()[0];
+    let membership = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    assert!(membership.lines().any(|line| line.ends_with(&name)), "{membership}");
+    daemon.signal(nix::sys::signal::SIGKILL);
+    eventually("the shim is dead", || UnixStream::connect(socket(&address)).is_err());
+    let folders: Vec<_> = fs::read_to_string("/proc/self/mounts")
+        .unwrap()
+        .lines()
+        .filter(|line| line.split(' ').nth(2).is_some_and(|kind| kind.starts_with("cgroup")))
+        .map(|line| PathBuf::from(format!("{}{name}", line.split(' ').nth(1).unwrap())))
+        .filter(|folder| folder.exists())
+        .collect();
+    assert!(!folders.is_empty());
+    for folder in folders {
+        eventually("the cgroup is empty", || fs::remove_dir(&folder).is_ok());
+    }
+}
+
+#[test]
+fn a_mistake_in_the_options_is_told_before_there_is_a_shim() {
+    let daemon = Daemon::new();
+    let bundle = daemon.bundle("a", "");
+    let text = refusal(output(daemon.command(&bundle, "a", "start"), &runc_options(3, "../x")));
+    assert!(text.contains("cgroup"), "{text}");
+    let any = Any {
+        type_url: "unknown.Options".into(),
+        ..Default::default()
+    };
+    let text = refusal(output(
+        daemon.command(&bundle, "a", "start"),
+        &any.write_to_bytes().unwrap(),
+    ));
+    assert!(text.contains("unknown.Options"), "{text}");
+    assert!(daemon.shims().is_empty());
+    assert!(!bundle.join("address").exists());
 }
 
 #[test]

@@ -124,6 +124,13 @@ pub struct Any<'a> {
     pub value: &'a [u8],
 }
 
+impl Any<'_> {
+    /// Whether these are runtime options of a known type, and not something else that containerd sends along.
+    pub fn is_known(&self) -> bool {
+        runtime::is_known(self.type_url)
+    }
+}
+
 /// What the rules and defaults look at.
 #[derive(Debug, Clone, Copy)]
 pub struct Container<'a> {

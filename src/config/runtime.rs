@@ -60,6 +60,13 @@ pub(super) fn decode(any: Any<'_>) -> Result<Decoded> {
     }
 }
 
+/// Whether a type URL names options that [`decode`] takes.
+pub(super) fn is_known(type_url: &str) -> bool {
+    [OURS, RUNTIME_OPTIONS, CRI_RUNTIME_OPTIONS, RUNC]
+        .iter()
+        .any(|name| is(type_url, name))
+}
+
 /// Whether a type URL names a message: bare, or behind a host (`types.containerd.io/…`); with dots, or with slashes as containerd's
 /// registry of types joins names.
 fn is(type_url: &str, name: &str) -> bool {

@@ -32,7 +32,7 @@ use tokio::{
 
 use crate::{
     backend::{BoxFuture, Exit},
-    error::{Context, Error, Result},
+    error::{Context, Error, Kind, Result},
     task::record::Identity,
 };
 
@@ -194,6 +194,34 @@ pub fn identity(pid: u32) -> Result<Identity> {
 pub fn is_alive(identity: &Identity) -> bool {
     read_stat(identity.pid)
         .is_ok_and(|(state, start_ticks)| start_ticks == identity.start_ticks && !matches!(state, b'Z' | b'X' | b'x'))
+}
+
+/// Ends that very process, which need not be a child of ours, and waits until it has ended. Gone already is success.
+///
+/// # Errors
+/// `DeadlineExceeded` when it still runs after `bound`; the kernel's refusal to signal it.
+pub async fn end(identity: &Identity, bound: Duration) -> Result<()> {
+    let gone_is_fine = |error: Error| match error.kind() {
+        Kind::NotFound => Ok(()),
+        _ => Err(error),
+    };
+    let pidfd = match Pidfd::open(identity.pid) {
+        Ok(pidfd) => pidfd,
+        Err(e) => return gone_is_fine(e),
+    };
+    // Looked at only now: the descriptor names whoever has the number, and keeps naming it.
+    if !is_alive(identity) {
+        return Ok(());
+    }
+    pidfd.signal(libc::SIGKILL).or_else(gone_is_fine)?;
+    tokio::time::timeout(bound, pidfd.wait_exited())
+        .await
+        .unwrap_or_else(|_| {
+            let pid = identity.pid;
+            Err(Error::deadline(format!(
+                "process {pid} still runs {bound:?} after SIGKILL"
+            )))
+        })
 }
 
 fn read_stat(pid: u32) -> Result<(u8, u64)> {
@@ -628,6 +656,7 @@ impl Reaper {
         let child = self.own(Arc::new(Pidfd::new(pid, pidfd))).map(|owned| Child {
             owned,
             grouped: command.group != Group::Inherited,
+            left: false,
         });
         drop(hold);
         if plan.failed == Step::Nothing {
@@ -861,11 +890,12 @@ impl Drop for Owned {
 }
 
 /// A program that was started by [`Reaper::spawn`]. Dropped before its exit was seen, it is killed (with its process group, if it has
-/// one of its own) and reaped by [`Reaper::run`].
+/// one of its own) and reaped by [`Reaper::run`]; [`Child::leave`] lets it live.
 #[derive(Debug)]
 pub struct Child {
     owned: Owned,
     grouped: bool,
+    left: bool,
 }
 
 impl Child {
@@ -887,6 +917,11 @@ impl Child {
         Ok(self.owned.wait().await)
     }
 
+    /// Leaves it to end by itself; [`Reaper::run`] reaps it then.
+    pub fn leave(mut self) {
+        self.left = true;
+    }
+
     /// Sends SIGKILL to it, and to its process group if it has one of its own. Does nothing once it was reaped.
     pub fn kill(&self) {
         // Under the lock it is not reaped in between, so the number is still the group's.
@@ -904,7 +939,9 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        self.kill();
+        if !self.left {
+            self.kill();
+        }
     }
 }
 

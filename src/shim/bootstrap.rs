@@ -28,7 +28,10 @@ use nix::{
 };
 
 use super::args::Flags;
-use crate::error::{Context, Error, Result};
+use crate::{
+    config,
+    error::{Context, Error, Result},
+};
 
 /// Upper bound of what is read from stdin; containerd's own shims have the same.
 const INPUT_MAX_BYTES: usize = 10 << 20;
@@ -80,6 +83,27 @@ pub struct Request {
     pub debug: bool,
     /// Runtime options and other extensions, undecoded.
     pub extensions: Vec<Any>,
+}
+
+impl Request {
+    /// The runtime options among the extensions; empty if there are none.
+    pub fn options(&self) -> config::Any<'_> {
+        let mut extensions = self.extensions.iter().map(parts);
+        match self.form {
+            // Nothing else than options can be meant, so what is not known is refused by name.
+            Form::Plain | Form::Json { .. } => extensions.next(),
+            Form::Protobuf => extensions.find(config::Any::is_known),
+        }
+        .unwrap_or_default()
+    }
+}
+
+/// An `Any` as [`config`] takes it.
+pub fn parts(any: &Any) -> config::Any<'_> {
+    config::Any {
+        type_url: &any.type_url,
+        value: &any.value,
+    }
 }
 
 /// Reads stdin until its end, bounded in size and time; a terminal is not read.
@@ -316,6 +340,28 @@ mod tests {
         assert_eq!(request.ttrpc_address.as_deref(), Some("/run/other.ttrpc"));
         assert_eq!(request.socket_dir, Some("/run/s".into()));
         assert!(request.debug);
+    }
+
+    #[test]
+    fn runtime_options_are_found_among_other_extensions() {
+        let mut params = sent();
+        let other = Any {
+            type_url: "containerd.io/nri.v1.Options.Other".into(),
+            ..Default::default()
+        };
+        params.extensions.insert(
+            0,
+            Extension {
+                value: Some(other.clone()).into(),
+                ..Default::default()
+            },
+        );
+        let request = decode(&params.write_to_bytes().unwrap(), &flags(), &environment(None)).unwrap();
+        assert_eq!(request.options().type_url, "containerd.runc.v1.Options");
+        let request = decode(&other.write_to_bytes().unwrap(), &flags(), &environment(None)).unwrap();
+        assert_eq!(request.options().type_url, other.type_url);
+        let request = decode(b"", &flags(), &environment(None)).unwrap();
+        assert_eq!(request.options().type_url, "");
     }
 
     #[test]

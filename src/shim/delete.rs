@@ -15,8 +15,9 @@ use super::{
     socket::{DEFAULT_DIR, Place},
 };
 use crate::{
-    backend::check_id,
+    backend::{self, check_id},
     error::{Context, Error, Result},
+    host::command::Reaper,
     task::{self, bundle::Bundle},
 };
 
@@ -40,7 +41,8 @@ pub fn delete(flags: &Flags) -> Result<Vec<u8>> {
         .build()
         .context(|| "cannot start the runtime")?;
     let cleaned = runtime.block_on(async {
-        tokio::time::timeout(BOUND, task::cleanup(&bundle, &flags.namespace, &flags.id))
+        let backends = backend::all(&Reaper::new());
+        tokio::time::timeout(BOUND, task::cleanup(&bundle, &flags.namespace, &flags.id, &backends))
             .await
             .unwrap_or_else(|_| {
                 Err(Error::deadline(format!(

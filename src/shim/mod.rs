@@ -11,14 +11,20 @@ pub mod events;
 pub mod info;
 pub mod log;
 pub mod server;
+pub mod service;
 pub mod socket;
 pub mod start;
 
-use std::{ffi::OsString, io::Write, path::Path, process::ExitCode};
+use std::{ffi::OsString, io::Write, path::Path, process::ExitCode, sync::Arc};
 
 use args::Action;
 
-use crate::{error::Result, task::bundle::Bundle};
+use crate::{
+    backend, config,
+    error::Result,
+    host::command::Reaper,
+    task::{Engine, bundle::Bundle},
+};
 
 /// The name under which containerd knows this runtime.
 pub const RUNTIME: &str = "io.containerd.proxmox-lxcri.v1";
@@ -70,17 +76,42 @@ fn group<'a>(bundle: &'a Bundle, id: &'a str) -> &'a str {
         .unwrap_or(id)
 }
 
+/// The container as the routing rules see it.
+fn container<'a>(flags: &'a args::Flags, bundle: &'a Bundle) -> config::Container<'a> {
+    config::Container {
+        namespace: &flags.namespace,
+        id: &flags.id,
+        annotations: &bundle.config.annotations,
+        cgroups_path: bundle.config.linux.cgroups_path.as_deref(),
+    }
+}
+
 /// The engine that the server serves.
-fn engine(
-    _flags: &args::Flags,
-    _bundle: std::path::PathBuf,
-    _publisher: std::sync::Arc<events::Publisher>,
-) -> Result<server::Parts> {
-    Ok(server::Parts {
-        services: std::collections::HashMap::new(),
-        done: Box::pin(std::future::pending()),
-        busy: Box::new(|| false),
-    })
+fn engine(flags: &args::Flags, publisher: Arc<events::Publisher>) -> server::Parts {
+    let reaper = Reaper::new();
+    tokio::spawn({
+        let reaper = reaper.clone();
+        async move {
+            if let Err(e) = reaper.run().await {
+                ::log::error!("orphans are not reaped: {e}");
+            }
+        }
+    });
+    let engine = Engine::new(
+        &flags.namespace,
+        &config::config_file(),
+        publisher,
+        backend::all(&reaper),
+        reaper,
+    );
+    server::Parts {
+        services: service::services(&engine),
+        busy: Box::new({
+            let engine = engine.clone();
+            move || !engine.is_idle()
+        }),
+        done: Box::pin(async move { engine.done().await }),
+    }
 }
 
 /// File in a bundle that holds the address of its shim: containerd 1.6 reads it after a restart, `delete` always.

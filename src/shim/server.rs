@@ -27,6 +27,7 @@ use super::{args::Flags, events::Publisher, log::FifoLog};
 use crate::{
     backend::{BoxFuture, check_id},
     error::{Context, Error, Result},
+    host::command::become_subreaper,
 };
 
 /// The descriptor on which `start` leaves the listening socket.
@@ -50,11 +51,11 @@ pub struct Parts {
 /// Runs the shim until it has nothing to do any more. `build` makes the engine, inside the runtime.
 ///
 /// The process is prepared here: name, umask, memory allocator, log, subreaper, working directory `/` (so that neither the bundle nor
-/// what it lies on is kept busy). `build` is given the bundle in which `start` was called.
+/// what it lies on is kept busy).
 ///
 /// # Errors
 /// `FailedPrecondition` when descriptor 3 is not a listening socket: somebody ran the program without an action.
-pub fn serve(flags: &Flags, build: impl FnOnce(&Flags, PathBuf, Arc<Publisher>) -> Result<Parts>) -> Result<()> {
+pub fn serve(flags: &Flags, build: impl FnOnce(&Flags, Arc<Publisher>) -> Parts) -> Result<()> {
     check_id("namespace", &flags.namespace)?;
     check_id("id", &flags.id)?;
     let listener = inherited_listener()?;
@@ -66,14 +67,14 @@ pub fn serve(flags: &Flags, build: impl FnOnce(&Flags, PathBuf, Arc<Publisher>) 
     prepare();
     FifoLog::new(&bundle, &flags.namespace, &flags.id, flags.debug).install()?;
     env::set_current_dir("/").context(|| "cannot leave the bundle")?;
-    prctl::set_child_subreaper(true).context(|| "cannot become the reaper of orphans")?;
+    become_subreaper()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(4)
         .thread_keep_alive(Duration::from_secs(2))
         .build()
         .context(|| "cannot start the runtime")?;
-    let result = runtime.block_on(run(flags, listener, socket, bundle, build));
+    let result = runtime.block_on(run(flags, listener, socket, build));
     if let Err(e) = &result {
         log::error!("{e}");
     }
@@ -86,8 +87,7 @@ async fn run(
     flags: &Flags,
     listener: UnixListener,
     socket: Option<PathBuf>,
-    bundle: PathBuf,
-    build: impl FnOnce(&Flags, PathBuf, Arc<Publisher>) -> Result<Parts>,
+    build: impl FnOnce(&Flags, Arc<Publisher>) -> Parts,
 ) -> Result<()> {
     let ttrpc_address = env::var("TTRPC_ADDRESS").ok().filter(|address| !address.is_empty());
     let fallback = || Some(format!("{}.ttrpc", flags.address)).filter(|_| !flags.address.is_empty());
@@ -95,7 +95,7 @@ async fn run(
         &flags.namespace,
         ttrpc_address.or_else(fallback).as_deref(),
     ));
-    let Parts { services, done, busy } = build(flags, bundle, publisher.clone())?;
+    let Parts { services, done, busy } = build(flags, publisher.clone());
     let listener = Listener::try_from(listener).context(|| "cannot use the listening socket")?;
     let mut server = Server::new().add_listener(listener).register_service(services);
     server

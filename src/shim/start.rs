@@ -30,14 +30,16 @@ use super::{
     address_file,
     args::Flags,
     bootstrap::{self, Environment, Request},
-    group,
+    container, group,
     log::FifoLog,
     server::LISTENER_FD,
     socket::{Acquired, DEFAULT_DIR, Place},
 };
 use crate::{
     backend::check_id,
+    config,
     error::{Context, Error, Result},
+    host::cgroup,
     task::bundle::Bundle,
 };
 
@@ -66,7 +68,7 @@ pub fn start(flags: &Flags) -> Result<Vec<u8>> {
     let answer = bootstrap::encode(request.form, &place.address())?;
     match place.acquire()? {
         Acquired::Live => write_address(&cwd, &place)?,
-        Acquired::Bound(listener) => launch(flags, &request, &cwd, &place, listener).inspect_err(|_| {
+        Acquired::Bound(listener) => launch(flags, &request, &bundle, &place, listener).inspect_err(|_| {
             let _ = fs::remove_file(place.path());
             let _ = fs::remove_file(address_file(&cwd));
         })?,
@@ -74,24 +76,29 @@ pub fn start(flags: &Flags) -> Result<Vec<u8>> {
     Ok(answer)
 }
 
-fn launch(flags: &Flags, request: &Request, bundle: &Path, place: &Place, listener: UnixListener) -> Result<()> {
-    let log = FifoLog::new(bundle, &flags.namespace, &flags.id, request.debug);
-    join_cgroup(request)?;
+fn launch(flags: &Flags, request: &Request, bundle: &Bundle, place: &Place, listener: UnixListener) -> Result<()> {
+    let log = FifoLog::new(&bundle.path, &flags.namespace, &flags.id, request.debug);
+    join_cgroup(flags, request, bundle)?;
     if let Err(e) = adjust_oom_score() {
         // Raising needs no right; lowering, after somebody raised ours, may be forbidden. Containers run all the same.
         warn(&log, &e);
     }
     schedule_core(&log)?;
-    write_address(bundle, place)?;
+    write_address(&bundle.path, place)?;
     spawn(flags, request, listener)
 }
 
-/// Puts this process, and so the shim, into the cgroup that the runtime options name.
-fn join_cgroup(request: &Request) -> Result<()> {
-    match super::info::shim_cgroup(&request.extensions)? {
-        None => Ok(()),
-        Some(cgroup) => Err(Error::unimplemented(format!("cannot join shim cgroup {cgroup}"))),
+/// Puts this process, and so the shim, into the cgroup that the options name.
+///
+/// All options are resolved, not only the one: containerd sends the same again with Create, and a mistake in them is better told
+/// before there is a shim.
+fn join_cgroup(flags: &Flags, request: &Request, bundle: &Bundle) -> Result<()> {
+    let options = config::load(&config::config_file(), request.options(), container(flags, bundle))?;
+    if options.shim_cgroup.is_empty() {
+        return Ok(());
     }
+    cgroup::join(&options.shim_cgroup, std::process::id())
+        .context(|| format!("cannot put the shim into cgroup {}", options.shim_cgroup))
 }
 
 /// One above containerd's own, which ran us: the kernel takes a shim before the daemon, and containers, whose score CRI sets, before

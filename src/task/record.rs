@@ -18,6 +18,7 @@ use crate::{
     backend::Exit,
     config::Options,
     error::{Context, Error, Result},
+    host::cgroup::Cgroup,
 };
 
 /// Upper bound of a record; a larger file is not one. Ours have one or two KiB.
@@ -51,6 +52,9 @@ pub struct Record {
     /// Folder of a checkpoint to restore from.
     #[serde(default)]
     pub restore_from: Option<PathBuf>,
+    /// The container's cgroup, once init lives in it.
+    #[serde(default)]
+    pub cgroup: Option<Cgroup>,
     /// Init, once it exists.
     #[serde(default)]
     pub init: Option<Identity>,

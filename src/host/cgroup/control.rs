@@ -189,8 +189,7 @@ impl Cgroup {
     /// that is gone is success.
     ///
     /// v2: `cgroup.kill`. v1, and v2 before Linux 5.14: signals in a loop, with the cgroup frozen meanwhile, so that no fork outruns
-    /// them; a paused container is not paused any more afterwards. May be cancelled: on v1 it may then be left frozen only for the
-    /// moment in which `cgroup.procs` is read.
+    /// them; a paused container is not paused any more afterwards. May be cancelled; a freeze of its own is taken back then.
     ///
     /// # Errors
     /// `DeadlineExceeded` with the processes that are left (they have the signal and end when the kernel lets them); else the

@@ -220,6 +220,31 @@ impl Source {
 mod tests {
     use super::*;
 
+    #[tokio::test(start_paused = true)]
+    async fn a_kill_that_is_counted_after_the_ring_is_reported() {
+        let folder = tempfile::tempdir().unwrap();
+        let control = folder.path().join("memory.oom_control");
+        std::fs::write(folder.path().join("cgroup.event_control"), "").unwrap();
+        std::fs::write(&control, "oom_kill 3\n").unwrap();
+        let mut watch = OomWatch::v1(folder.path()).unwrap();
+        if let Source::V1 { bell, .. } = &watch.source {
+            bell.get_ref().write(1).unwrap();
+        }
+        {
+            let mut next = Box::pin(watch.next());
+            // Until it has heard the ring and waits for the counter.
+            tokio::select! {
+                biased;
+                _ = &mut next => panic!("nothing was killed yet"),
+                () = tokio::time::sleep(Duration::from_millis(2)) => {}
+            }
+            std::fs::write(&control, "oom_kill 4\n").unwrap();
+            let bound = Duration::from_secs(10);
+            assert!(tokio::time::timeout(bound, next).await.unwrap().unwrap());
+        }
+        assert!(!watch.check());
+    }
+
     #[tokio::test]
     async fn on_a_kernel_that_does_not_count_each_ring_is_a_kill_but_the_last() {
         let folder = tempfile::tempdir().unwrap();

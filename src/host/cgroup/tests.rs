@@ -118,8 +118,9 @@ impl Guard {
 
     /// A shell that is in the cgroup when it runs `script`.
     fn spawn(&self, script: &str) -> Process {
-        let process = Process::spawn(script);
+        let mut process = Process::spawn(script);
         self.add(process.pid());
+        process.cgroup = Some(self.cgroup.clone());
         process.go()
     }
 
@@ -172,6 +173,8 @@ impl Drop for Guard {
 struct Process {
     child: Child,
     stdin: Option<ChildStdin>,
+    /// Where it may be frozen.
+    cgroup: Option<Cgroup>,
 }
 
 impl Process {
@@ -183,7 +186,11 @@ impl Process {
             .spawn()
             .unwrap();
         let stdin = child.stdin.take();
-        Self { child, stdin }
+        Self {
+            child,
+            stdin,
+            cgroup: None,
+        }
     }
 
     fn go(mut self) -> Self {
@@ -199,11 +206,9 @@ impl Process {
     /// One line of its output, not a byte more.
     fn line(&mut self) -> String {
         let mut line = Vec::new();
-        for byte in self.child.stdout.as_mut().unwrap().bytes() {
-            match byte.unwrap() {
-                b'\n' => break,
-                byte => line.push(byte),
-            }
+        let mut byte = [0];
+        while self.child.stdout.as_mut().unwrap().read(&mut byte).unwrap() == 1 && byte != *b"\n" {
+            line.push(byte[0]);
         }
         String::from_utf8(line).unwrap()
     }
@@ -225,6 +230,12 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.child.kill();
+        for folder in self.cgroup.iter().flat_map(Cgroup::folders) {
+            // Up to the test's own parent: a failed test may have left any of them frozen.
+            for folder in folder.ancestors().take(4) {
+                let _ = write(&folder.join("freezer.state"), "THAWED");
+            }
+        }
         let _ = self.child.wait();
     }
 }
@@ -640,8 +651,6 @@ async fn a_frozen_container_does_not_run_until_it_is_thawed() {
         guard.cgroup.freeze(BOUND).await.unwrap();
         assert!(guard.cgroup.is_frozen().unwrap());
         process.say("hello");
-        // A frozen process does not even die of a signal to it, as far as v1 goes; that it does not answer cannot be awaited, so the
-        // kernel's own word is taken: it is stopped.
         guard.cgroup.thaw(BOUND).await.unwrap();
         assert!(!guard.cgroup.is_frozen().unwrap());
         assert_eq!(process.line(), "hello");

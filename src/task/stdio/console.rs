@@ -201,6 +201,8 @@ fn receive_now(socket: RawFd) -> io::Result<Vec<OwnedFd>> {
         let mut header = libc::CMSG_FIRSTHDR(&message);
         while let Some(found) = header.as_ref() {
             if found.cmsg_level == libc::SOL_SOCKET && found.cmsg_type == libc::SCM_RIGHTS {
+                // Some libcs have a shorter type here.
+                #[allow(clippy::unnecessary_cast)]
                 let bytes = found.cmsg_len as usize - libc::CMSG_LEN(0) as usize;
                 let first = libc::CMSG_DATA(header).cast::<RawFd>();
                 for index in 0..bytes / size_of::<RawFd>() {

@@ -33,8 +33,13 @@ const BULK_BYTES: usize = 32 << 10;
 /// Most that one splice moves.
 const SPLICE_BYTES: usize = 1 << 20;
 
-/// What the pipes of a busy stream grow to.
+/// What the pipes of a busy stream grow to; costs 10 KiB of kernel memory each. Copying 256 MiB between two dd took 0.17 s with it,
+/// 0.25 s with a quarter of it and 0.49 s with the 64 KiB that a pipe begins with; reads and writes of 32 KiB took 0.56 s and 4.5
+/// times the CPU time (medians of 15 in one run on two busy cores).
 const BUSY_PIPE_BYTES: i32 = 1 << 20;
+
+/// A stream is busy once this much was there at a time.
+const BUSY_BYTES: usize = 32 << 10;
 
 /// Most that is moved after the order to finish: whoever goes on writing shall not keep us.
 const LAST_BYTES: usize = 2 << 20;
@@ -95,9 +100,7 @@ impl Sink {
 pub(super) enum End {
     /// The source ended and the sink took everything.
     Complete,
-    /// The sink has no reader any more.
-    SinkGone,
-    /// Ordered to finish, or bytes were lost.
+    /// Ordered to finish, the sink's reader is gone for good, or bytes were lost.
     Incomplete,
 }
 
@@ -197,7 +200,7 @@ impl Copy {
             };
             let goes_on = match step {
                 Ok(Step::Ended) => return End::Complete,
-                Ok(Step::SinkGone) => return End::SinkGone,
+                Ok(Step::SinkGone) => return End::Incomplete,
                 Ok(Step::Moved(_) | Step::EmptyOrFull) => continue,
                 Ok(Step::Empty) => becomes_ready(self.source.descriptor(), Side::Source).await,
                 Ok(Step::Full) => match self.sink.descriptor() {
@@ -209,7 +212,7 @@ impl Copy {
             match goes_on {
                 Ok(true) => {}
                 // The far side has hung up, so that this one will never be told to be ready again.
-                Ok(false) => return End::SinkGone,
+                Ok(false) => return End::Incomplete,
                 Err(e) => {
                     log::error!("cannot go on with {}: {e}", self.about);
                     return End::Incomplete;
@@ -261,7 +264,7 @@ impl Copy {
                 Ok(0) => Ok(Step::Ended),
                 Ok(n) => {
                     self.bulk = n > SMALL_BYTES;
-                    if self.bulk && !self.grown {
+                    if n >= BUSY_BYTES && !self.grown {
                         self.grown = true;
                         // Without the right to it the pipes stay as they are.
                         let _ = fcntl(source.get_ref(), FcntlArg::F_SETPIPE_SZ(BUSY_PIPE_BYTES));
