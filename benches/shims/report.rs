@@ -86,7 +86,7 @@ pub(crate) fn title(arguments: &Arguments, metric: Metric) -> String {
     match metric {
         Metric::PssMany => format!("PSS, {} containers", arguments.containers),
         Metric::Pss => format!("PSS, {} pods", arguments.pods),
-        Metric::BurstTime => format!("{} at once, all started", arguments.burst),
+        Metric::BurstTime => format!("{} at once, started", arguments.burst),
         Metric::BurstMemory => format!("  PSS of the {} shims", arguments.burst),
         metric => metric.title().into(),
     }
@@ -108,13 +108,13 @@ fn table(arguments: &Arguments, results: &Results, targets: &[Target]) -> String
             ""
         }
     );
-    let _ = write!(text, "{:<24} {:<5}", "", "");
+    let _ = write!(text, "{:<22} {:<5}", "", "");
     for candidate in &arguments.candidates {
         let _ = write!(text, " {:>17}", candidate.title());
     }
     text.push('\n');
     for metric in Metric::ALL.iter().copied().filter(|metric| results.has(*metric)) {
-        let _ = write!(text, "{:<24} {:<5}", title(arguments, metric), metric.unit().symbol());
+        let _ = write!(text, "{:<22} {:<5}", title(arguments, metric), metric.unit().symbol());
         for candidate in &arguments.candidates {
             let _ = write!(text, " {:>17}", cell(metric, results.summary(metric, *candidate)));
         }

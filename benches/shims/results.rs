@@ -50,7 +50,7 @@ metrics! {
     /// From the call of Task.Kill to the exit event, or of `crun kill` to init's end.
     KillToExit = "kill_to_exit", "kill to exit event", Milliseconds;
     /// Processes and threads that the machine started meanwhile.
-    KillForks = "kill_forks", "  programs, threads born", Count;
+    KillForks = "kill_forks", "  processes born", Count;
     /// Task.Delete, or `crun delete`.
     Delete = "delete", "delete", Milliseconds;
     /// From Task.Shutdown to the shim's end.
@@ -78,7 +78,7 @@ metrics! {
     /// The shim's CPU time for it.
     ThroughCpu = "stdin_stdout_cpu", "  CPU of the shim", Milliseconds;
     /// From the first shim's start until all containers run.
-    BurstTime = "burst_time", "50 at once, all started", Milliseconds;
+    BurstTime = "burst_time", "50 at once, started", Milliseconds;
     /// Sum of the PSS of their shims.
     BurstMemory = "burst_memory", "  PSS of their shims", Mebibytes;
 }

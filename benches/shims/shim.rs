@@ -306,10 +306,10 @@ fn with_log(e: Error, log: &Output) -> Error {
 /// What `start` printed: the plain address, or JSON with the version of the task service.
 fn answer(stdout: &str) -> Result<(String, u32)> {
     let stdout = stdout.trim();
-    if !stdout.starts_with('{') {
+    if stdout.starts_with("unix://") {
         return Ok((stdout.into(), 2));
     }
-    let nonsense = || Error::unknown(format!("start answered {stdout:?}"));
+    let nonsense = || Error::unknown(format!("start answered {stdout:?}, which is no address"));
     let json: serde_json::Value = serde_json::from_str(stdout).map_err(|e| nonsense().with_source(e))?;
     let address = json["address"].as_str().ok_or_else(nonsense)?;
     let version = json["version"].as_u64().unwrap_or(2);

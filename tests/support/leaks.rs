@@ -35,14 +35,15 @@ impl Baseline {
         stock(&self.ignored).difference(&self.found).cloned().collect()
     }
 
-    /// Waits, bounded, until nothing is left that was not there before.
+    /// Waits, bounded, until nothing is left that was not there before and does not begin with one of `tolerated`.
     ///
     /// # Panics
     /// Naming each leftover.
-    pub(crate) fn assert_nothing_left(&self) {
+    pub(crate) fn assert_nothing_left(&self, tolerated: &[String]) {
         let end = Instant::now() + SETTLE;
         loop {
-            let left = self.leftovers();
+            let mut left = self.leftovers();
+            left.retain(|thing| !tolerated.iter().any(|prefix| thing.starts_with(prefix)));
             if left.is_empty() {
                 return;
             }

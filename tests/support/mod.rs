@@ -32,6 +32,7 @@ pub(crate) mod skip;
 pub(crate) mod task;
 pub(crate) mod universe;
 
+#[allow(unused_imports, reason = "each test file uses another part of the harness")]
 pub(crate) use node::{Node, until};
 
 /// Runs a test on a node with containerd alone; see [`node::run`].

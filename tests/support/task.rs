@@ -8,8 +8,8 @@ use std::{
 
 use containerd_client::{
     services::v1::{
-        CloseIoRequest, Container, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest,
-        DeleteProcessRequest, DeleteResponse, DeleteTaskRequest, ExecProcessRequest, GetRequest, KillRequest,
+        CheckpointTaskRequest, CloseIoRequest, Container, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest,
+        DeleteProcessRequest, DeleteResponse, DeleteTaskRequest, ExecProcessRequest, GetContainerRequest, GetRequest, KillRequest,
         ListPidsRequest, MetricsRequest, PauseTaskRequest, ResizePtyRequest, ResumeTaskRequest, StartRequest,
         UpdateTaskRequest, WaitRequest, WaitResponse,
         container::Runtime,
@@ -202,6 +202,27 @@ impl Node {
             .mounts)
     }
 
+    /// Kills and deletes the task `id` and forgets the container, as far as they exist; true once none of it exists.
+    ///
+    /// For what a client left that gave up half-way: it does not know how far it came.
+    pub(crate) async fn remove_whatever_is_there(&self, id: &str) -> bool {
+        let kill = KillRequest {
+            container_id: id.into(),
+            signal: libc::SIGKILL as u32,
+            ..KillRequest::default()
+        };
+        let _ = self.tasks().kill(self.request(kill)).await;
+        let delete = DeleteTaskRequest { container_id: id.into() };
+        let task = self.tasks().delete(self.request(delete)).await;
+        if !task.is_err_and(|error| error.code() == Code::NotFound) {
+            return false;
+        }
+        self.forget(id).await;
+        let request = GetContainerRequest { id: id.into() };
+        let container = self.containers().get(self.request(request)).await;
+        container.is_err_and(|error| error.code() == Code::NotFound)
+    }
+
     /// Removes a container's entry and snapshot, whatever is there of them.
     pub(crate) async fn forget(&self, id: &str) {
         let request = RemoveSnapshotRequest {
@@ -327,6 +348,30 @@ impl<'n> Task<'n> {
         state.status().as_str_name().to_string()
     }
 
+    /// Create for the id of this task, which exists.
+    pub(crate) async fn create_again(&self) -> Result<(), Status> {
+        let request = CreateTaskRequest {
+            container_id: self.id.clone(),
+            options: self.node.runtime.options(),
+            ..CreateTaskRequest::default()
+        };
+        self.node.tasks().create(self.node.request(request)).await.map(drop)
+    }
+
+    /// Exec for the id of an exec that exists.
+    pub(crate) async fn exec_again(&self, exec_id: &str) -> Result<(), Status> {
+        let request = ExecProcessRequest {
+            container_id: self.id.clone(),
+            exec_id: exec_id.into(),
+            spec: Some(Any {
+                type_url: PROCESS_TYPE.into(),
+                value: process(&["true"]).to_string().into_bytes(),
+            }),
+            ..ExecProcessRequest::default()
+        };
+        self.node.tasks().exec(self.node.request(request)).await.map(drop)
+    }
+
     /// Pause.
     pub(crate) async fn pause(&self) -> Result<(), Status> {
         let request = PauseTaskRequest {
@@ -402,6 +447,29 @@ impl<'n> Task<'n> {
             ..UpdateTaskRequest::default()
         };
         self.node.tasks().update(self.node.request(request)).await.map(drop)
+    }
+
+    /// Checkpoint, with `containerd.runc.v1.CheckpointOptions`; the container goes on. Gives the number of blobs that were written
+    /// into containerd's content store.
+    pub(crate) async fn checkpoint(&self, folder: &str) -> Result<usize, Status> {
+        #[derive(Clone, PartialEq, prost::Message)]
+        struct CheckpointOptions {
+            #[prost(string, tag = "8")]
+            image_path: String,
+        }
+        let options = CheckpointOptions {
+            image_path: folder.into(),
+        };
+        let request = CheckpointTaskRequest {
+            container_id: self.id.clone(),
+            options: Some(Any {
+                type_url: "containerd.runc.v1.CheckpointOptions".into(),
+                value: prost::Message::encode_to_vec(&options),
+            }),
+            ..CheckpointTaskRequest::default()
+        };
+        let response = self.node.tasks().checkpoint(self.node.request(request)).await?;
+        Ok(response.into_inner().descriptors.len())
     }
 
     /// ResizePty of init (empty) or an exec.
@@ -598,8 +666,8 @@ impl Io {
 
     /// Stops reading, as a client that goes away.
     pub(crate) fn detach(&mut self) {
-        self.stdout.reader.abort();
-        self.stderr.reader.abort();
+        self.stdout.detach();
+        self.stderr.detach();
     }
 
     /// Reads again, from what comes next.
@@ -651,6 +719,11 @@ impl Output {
             }
         });
         Self { bytes, reader }
+    }
+
+    /// Stops reading, as a client that goes away.
+    pub(crate) fn detach(&self) {
+        self.reader.abort();
     }
 
     /// What came so far.

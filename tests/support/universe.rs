@@ -6,7 +6,7 @@
 //! What it buys:
 //! - **mounts**: `/run` is an empty tmpfs (so the shims' sockets in `/run/containerd/s`, crun's state and ours are private, and
 //!   overlayfs has an upper layer that works whatever `/tmp` is), `/var/lib/cni` too, and `/sys/fs/cgroup/unified` of a hybrid
-//!   machine is out of sight, because crun refuses to work beside it;
+//!   machine is gone, because crun refuses to work beside it;
 //! - **pids**: `/proc` shows nothing but what the tests started, so a leak check needs no guess; and when the test process ends, by
 //!   whatever signal, the kernel ends the rest;
 //! - **network**: bridges and addresses of CNI never meet the machine's.
@@ -64,13 +64,10 @@ fn leave_the_machine() -> Result<(), String> {
         libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWNET)
     })?;
     mount(None, "/", None, libc::MS_REC | libc::MS_PRIVATE)?;
-    if Path::new("/sys/fs/cgroup/unified").exists() {
-        // SAFETY: a valid C string.
-        check("umount /sys/fs/cgroup/unified", unsafe {
-            libc::umount2(c"/sys/fs/cgroup/unified".as_ptr(), libc::MNT_DETACH)
-        })?;
-    }
     mount(Some("tmpfs"), "/run", Some("tmpfs"), 0)?;
+    if Path::new("/sys/fs/cgroup/unified").exists() {
+        hide_unified().map_err(|e| format!("cannot hide /sys/fs/cgroup/unified: {e}"))?;
+    }
     // libcni's cache has no other place.
     let cni = Path::new("/var/lib/cni");
     let made_cni = std::fs::create_dir(cni).is_ok();
@@ -95,6 +92,33 @@ fn leave_the_machine() -> Result<(), String> {
         0 => Ok(()),
         tests => reap_until(tests),
     }
+}
+
+/// Builds `/sys/fs/cgroup` of a hybrid machine again, without its `unified`.
+///
+/// Unmounting that alone is not enough: crun makes folders for the "unified" hierarchy all the same, and they would land on the
+/// machine's own tmpfs.
+fn hide_unified() -> Result<(), String> {
+    const GROUPS: &str = "/sys/fs/cgroup";
+    const ASIDE: &str = "/run/cgroup";
+    let text = |e: io::Error| e.to_string();
+    std::fs::create_dir(ASIDE).map_err(text)?;
+    mount(Some(GROUPS), ASIDE, None, libc::MS_BIND | libc::MS_REC)?;
+    mount(Some("tmpfs"), GROUPS, Some("tmpfs"), 0)?;
+    for entry in std::fs::read_dir(ASIDE).map_err(text)?.flatten() {
+        let (from, to) = (entry.path(), Path::new(GROUPS).join(entry.file_name()));
+        if entry.file_name() == "unified" {
+            continue;
+        } else if entry.file_type().map_err(text)?.is_dir() {
+            std::fs::create_dir(&to).map_err(text)?;
+            mount(from.to_str(), &to.to_string_lossy(), None, libc::MS_BIND)?;
+        } else if let Ok(target) = std::fs::read_link(&from) {
+            std::os::unix::fs::symlink(target, to).map_err(text)?;
+        }
+    }
+    // SAFETY: a valid C string.
+    check("umount /run/cgroup", unsafe { libc::umount2(c"/run/cgroup".as_ptr(), libc::MNT_DETACH) })?;
+    std::fs::remove_dir(ASIDE).map_err(text)
 }
 
 fn check(what: &str, result: i32) -> Result<i32, String> {
@@ -210,7 +234,8 @@ pub(crate) fn cgroups_named(token: &str) -> Vec<PathBuf> {
             // cgroupfs reports the type of an entry; links such as /sys/fs/cgroup/cpu must not be followed twice.
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 let path = entry.path();
-                if path.to_string_lossy().contains(token) {
+                // crun leaves plain folders where a hierarchy is not mounted; they are not cgroups.
+                if path.to_string_lossy().contains(token) && path.join("cgroup.procs").exists() {
                     found.push(path.clone());
                 }
                 folders.push(path);
