@@ -163,6 +163,7 @@ mod tests {
             cgroups_path: Some("/k8s.io/c1".into()),
             shares_pid_namespace: true,
             restore_from: None,
+            cgroup: None,
             init: Some(Identity {
                 pid: 7,
                 start_ticks: u64::MAX,

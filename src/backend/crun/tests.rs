@@ -25,6 +25,7 @@ fn record(dir: &Path) -> Record {
         cgroups_path: None,
         shares_pid_namespace: false,
         restore_from: None,
+        cgroup: None,
         init: None,
         exit: None,
     }
