@@ -10,7 +10,10 @@ use proxmox_lxcri::config::{Any, Container, Sources, Text, resolve};
 const NAMES_A_FILE: [u8; 4] = [0x12, 2, b'/', b'x'];
 
 fuzz_target!(|data: &str| {
-    let annotations = BTreeMap::from([("io.kubernetes.cri.image-name".to_owned(), "docker.io/library/a:1".to_owned())]);
+    let annotations = BTreeMap::from([(
+        "io.kubernetes.cri.image-name".to_owned(),
+        "docker.io/library/a:1".to_owned(),
+    )]);
     let text = Some(Text {
         origin: "config.toml",
         toml: data,
