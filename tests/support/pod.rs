@@ -125,6 +125,9 @@ impl Daemon {
     /// An event service that listens in a folder of its own.
     pub(crate) async fn new() -> Self {
         fs::create_dir_all("/run/containerd/s").unwrap();
+        // What runtimes share and never remove: crun's default folder (made by `crun --version`), and ours.
+        fs::create_dir_all("/run/crun").unwrap();
+        fs::create_dir_all(format!("/run/proxmox-lxcri/crun/{NAMESPACE}")).unwrap();
         busybox();
         parent_cgroups();
         let baseline = Baseline::take(&[]);
