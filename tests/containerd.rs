@@ -12,13 +12,7 @@ use support::{
 #[test]
 fn ctr_shows_the_output_and_exits_with_the_containers_status() {
     node(async |node| {
-        let run = node
-            .ctr_run(
-                &["--rm"],
-                &format!("a-{}", node.namespace),
-                &["sh", "-c", "echo out; echo err >&2; exit 7"],
-            )
-            .await;
+        let run = node.ctr_run(&["--rm"], &format!("a-{}", node.namespace), &["sh", "-c", "echo out; echo err >&2; exit 7"]).await;
         run.assert_status(7);
         assert_eq!(run.stdout, "out\n");
         assert!(run.stderr.contains("err\n"), "{}", run.stderr);
