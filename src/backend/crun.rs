@@ -84,7 +84,7 @@ impl Verb {
         match self {
             Self::Create => "Delete removes what it made",
             Self::Start | Self::Restore => "the container may be running; State tells, Delete ends it",
-            Self::Exec => "its process was killed if it existed",
+            Self::Exec => "its process was killed if crun had told its pid, else it ends with the container",
             Self::Update => "some of the limits may be set; Update again",
             Self::Checkpoint => "the images are incomplete, and the container may be frozen; Resume or Delete it",
             Self::Delete => "Delete again to remove the rest",

@@ -735,6 +735,9 @@ impl Reaper {
     }
 
     /// While the guard lives, strangers are not reaped: a launch is in flight whose pid is not known yet.
+    ///
+    /// Keep it for the launch only, and never while waiting for a container to end: the init of a pid namespace does not end before
+    /// every process in it is reaped, strangers of ours too (pid_namespaces(7)).
     pub fn hold(&self) -> Hold {
         self.lock().holds += 1;
         Hold { reaper: self.clone() }
