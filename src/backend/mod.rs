@@ -18,10 +18,10 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::Options,
+    config,
     error::{Error, Result},
-    host::command::Pidfd,
-    task::{bundle::Bundle, record::Record},
+    host::command::{Pidfd, Reaper},
+    task::{Backends, bundle::Bundle, record::Record},
 };
 
 /// A future that can be stored and sent to another task.
@@ -78,6 +78,7 @@ pub enum ChildIo {
 
 /// What the authority (kernel, runtime, Proxmox) says of a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+
 pub enum Observed {
     /// Unknown to it.
     Absent,
@@ -173,18 +174,22 @@ pub trait Backend: Send + Sync {
     }
 }
 
-/// The backend that `options` names, or `Unimplemented` with its name when it does not exist yet.
-pub fn by_name(name: &str, options: &Options) -> Result<Arc<dyn Backend>> {
-    let _ = options;
-    match name {
-        "crun" => Ok(Arc::new(crun::Crun::new())),
-        "lxc" | "proxmox-lxc" | "proxmox-vm" => Err(Error::unimplemented(format!(
-            "backend {name} is known but not built yet; use backend crun"
+/// The backend that the options name, for [`crate::task::Engine`].
+///
+/// # Errors
+/// The returned function answers `Unimplemented`, by name, for a backend that does not exist yet.
+pub fn all(reaper: &Reaper) -> Backends {
+    let crun: Arc<dyn Backend> = Arc::new(crun::Crun::new(reaper.clone()));
+    Box::new(move |options| match options.backend.as_str() {
+        "crun" => Ok(crun.clone()),
+        known if config::BACKENDS.contains(&known) => Err(Error::unimplemented(format!(
+            "backend {known} is known but not built yet; use backend crun"
         ))),
-        _ => Err(Error::invalid(format!(
-            "unknown backend {name:?}; known are crun, lxc, proxmox-lxc and proxmox-vm"
+        other => Err(Error::invalid(format!(
+            "unknown backend {other:?}; known are {}",
+            config::BACKENDS.join(", ")
         ))),
-    }
+    })
 }
 
 /// Checks an id that becomes part of a path: containerd's rule for identifiers, and nothing that could leave a folder.

@@ -32,7 +32,7 @@ use tokio::{
 
 use crate::{
     backend::{BoxFuture, Exit},
-    error::{Context, Error, Result},
+    error::{Context, Error, Kind, Result},
     task::record::Identity,
 };
 
@@ -194,6 +194,34 @@ pub fn identity(pid: u32) -> Result<Identity> {
 pub fn is_alive(identity: &Identity) -> bool {
     read_stat(identity.pid)
         .is_ok_and(|(state, start_ticks)| start_ticks == identity.start_ticks && !matches!(state, b'Z' | b'X' | b'x'))
+}
+
+/// Ends that very process, which need not be a child of ours, and waits until it has ended. Gone already is success.
+///
+/// # Errors
+/// `DeadlineExceeded` when it still runs after `bound`; the kernel's refusal to signal it.
+pub async fn end(identity: &Identity, bound: Duration) -> Result<()> {
+    let gone_is_fine = |error: Error| match error.kind() {
+        Kind::NotFound => Ok(()),
+        _ => Err(error),
+    };
+    let pidfd = match Pidfd::open(identity.pid) {
+        Ok(pidfd) => pidfd,
+        Err(e) => return gone_is_fine(e),
+    };
+    // Looked at only now: the descriptor names whoever has the number, and keeps naming it.
+    if !is_alive(identity) {
+        return Ok(());
+    }
+    pidfd.signal(libc::SIGKILL).or_else(gone_is_fine)?;
+    tokio::time::timeout(bound, pidfd.wait_exited())
+        .await
+        .unwrap_or_else(|_| {
+            let pid = identity.pid;
+            Err(Error::deadline(format!(
+                "process {pid} still runs {bound:?} after SIGKILL"
+            )))
+        })
 }
 
 fn read_stat(pid: u32) -> Result<(u8, u64)> {
@@ -889,7 +917,7 @@ impl Child {
         Ok(self.owned.wait().await)
     }
 
-    /// Leaves it to end by itself; it is reaped by [`Reaper::run`] then.
+    /// Leaves it to end by itself; [`Reaper::run`] reaps it then.
     pub fn leave(mut self) {
         self.left = true;
     }

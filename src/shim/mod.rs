@@ -1,1 +1,122 @@
 //! What containerd sees.
+//!
+//! containerd runs the program with an action ([`args`]). `start` finds the shim of the container's group or makes one
+//! ([`start`], [`bootstrap`], [`socket`]), prints its address and ends. The shim ([`server`]) serves the task service, sends
+//! events ([`events`]) and writes a log ([`log`]) until its last container is gone. `delete` cleans up after a shim that died.
+
+pub mod args;
+pub mod bootstrap;
+pub mod delete;
+pub mod events;
+pub mod info;
+pub mod log;
+pub mod server;
+pub mod service;
+pub mod socket;
+pub mod start;
+
+use std::{ffi::OsString, io::Write, path::Path, process::ExitCode, sync::Arc};
+
+use args::Action;
+
+use crate::{
+    backend, config,
+    error::Result,
+    host::command::Reaper,
+    task::{Engine, bundle::Bundle},
+};
+
+/// The name under which containerd knows this runtime.
+pub const RUNTIME: &str = "io.containerd.proxmox-lxcri.v1";
+
+/// Annotations that put containers into one group, the first one wins: a pod as CRI writes it, then what clients of runc's shim use.
+const GROUP_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.containerd.runc.v2.group"];
+
+/// Runs the program: does what the arguments (without the program's name) ask for. On failure one sentence is written to stderr.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    match run(args) {
+        Ok(answer) => match std::io::stdout()
+            .write_all(&answer)
+            .and_then(|()| std::io::stdout().flush())
+        {
+            Ok(()) => ExitCode::SUCCESS,
+            // Nobody is left who could be told.
+            Err(_) => ExitCode::FAILURE,
+        },
+        Err(e) => {
+            let _ = writeln!(std::io::stderr(), "{RUNTIME}: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What is to be printed.
+fn run(args: impl IntoIterator<Item = OsString>) -> Result<Vec<u8>> {
+    let (action, flags) = args::parse(args)?;
+    match action {
+        Action::Help => Ok(args::HELP.into()),
+        Action::Version => {
+            let version = env!("CARGO_PKG_VERSION");
+            Ok(format!("containerd-shim-proxmox-lxcri-v1:\n  Version:  {version}\n").into_bytes())
+        }
+        Action::Info => info::info(),
+        Action::Start => start::start(&flags),
+        Action::Delete => delete::delete(&flags),
+        Action::Serve => server::serve(&flags, engine).map(|()| Vec::new()),
+    }
+}
+
+/// The group of a container: who shares a shim with it.
+fn group<'a>(bundle: &'a Bundle, id: &'a str) -> &'a str {
+    GROUP_ANNOTATIONS
+        .iter()
+        .find_map(|name| bundle.config.annotations.get(*name))
+        .map(String::as_str)
+        .filter(|group| !group.is_empty())
+        .unwrap_or(id)
+}
+
+/// The container as the routing rules see it.
+fn container<'a>(flags: &'a args::Flags, bundle: &'a Bundle) -> config::Container<'a> {
+    config::Container {
+        namespace: &flags.namespace,
+        id: &flags.id,
+        annotations: &bundle.config.annotations,
+        cgroups_path: bundle.config.linux.cgroups_path.as_deref(),
+    }
+}
+
+/// The engine that the server serves.
+fn engine(flags: &args::Flags, publisher: Arc<events::Publisher>) -> server::Parts {
+    let reaper = Reaper::new();
+    tokio::spawn({
+        let reaper = reaper.clone();
+        async move {
+            if let Err(e) = reaper.run().await {
+                ::log::error!("orphans are not reaped: {e}");
+            }
+        }
+    });
+    let engine = Engine::new(
+        &flags.namespace,
+        &config::config_file(),
+        publisher,
+        backend::all(&reaper),
+        reaper,
+    );
+    server::Parts {
+        services: service::services(&engine),
+        busy: Box::new({
+            let engine = engine.clone();
+            move || !engine.is_idle()
+        }),
+        done: Box::pin(async move { engine.done().await }),
+    }
+}
+
+/// File in a bundle that holds the address of its shim: containerd 1.6 reads it after a restart, `delete` always.
+const ADDRESS_FILE: &str = "address";
+
+fn address_file(bundle: &Path) -> std::path::PathBuf {
+    bundle.join(ADDRESS_FILE)
+}

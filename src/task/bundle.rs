@@ -89,7 +89,11 @@ impl Bundle {
         }
         let file = path.join("config.json");
         let invalid = |e: std::io::Error| Error::invalid(format!("cannot read {}", file.display())).with_source(e);
-        let size = std::fs::metadata(&file).map_err(invalid)?.len();
+        let metadata = std::fs::metadata(&file).map_err(invalid)?;
+        if !metadata.is_file() {
+            return Err(Error::invalid(format!("{} is not a regular file", file.display())));
+        }
+        let size = metadata.len();
         if size > CONFIG_MAX_BYTES {
             return Err(Error::invalid(format!(
                 "{} has {size} bytes; at most {CONFIG_MAX_BYTES} are read",
@@ -120,5 +124,164 @@ impl Bundle {
 /// # Errors
 /// `InvalidArgument` with line and column.
 pub fn parse(text: &[u8]) -> Result<Config> {
+    // serde would read an array as the fields in their order.
+    if text.trim_ascii_start().first() != Some(&b'{') {
+        return Err(Error::invalid("not an OCI config: not a JSON object"));
+    }
     serde_json::from_slice(text).map_err(|e| Error::invalid("not an OCI config").with_source(e))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::error::Kind;
+
+    fn refused(text: &[u8]) {
+        let start = String::from_utf8_lossy(&text[..text.len().min(80)]);
+        match parse(text) {
+            Ok(config) => panic!("{start} is read as {config:?}"),
+            Err(error) => assert_eq!(error.kind(), Kind::InvalidArgument, "{start}"),
+        }
+    }
+
+    #[test]
+    fn the_fields_that_decide_something_are_read_and_the_others_are_left_alone() {
+        let text = br#"{
+            "ociVersion": "99.0.0",
+            "annotations": {"a": "b"},
+            "root": {"path": "rootfs", "readonly": true},
+            "process": {"terminal": true, "args": ["sh"], "later": {"x": [1, 2.5, null]}},
+            "linux": {"cgroupsPath": "/a/b", "namespaces": [{"type": "pid"}, {"type": "net", "path": "/n"}], "later": 1e999999}
+        }"#;
+        let config = parse(text).unwrap();
+        assert_eq!(config.annotations["a"], "b");
+        assert_eq!(config.root.path, Path::new("rootfs"));
+        assert!(config.process.unwrap().terminal);
+        assert_eq!(config.linux.cgroups_path.unwrap(), "/a/b");
+        assert_eq!(config.linux.namespaces.len(), 2);
+    }
+
+    #[test]
+    fn an_own_pid_namespace_is_one_without_a_path() {
+        for (namespaces, shares) in [
+            ("[]", true),
+            (r#"[{"type": "pid"}]"#, false),
+            (r#"[{"type": "pid", "path": ""}]"#, false),
+            (r#"[{"type": "pid", "path": "/proc/1/ns/pid"}]"#, true),
+            (r#"[{"type": "network"}]"#, true),
+        ] {
+            let bundle = Bundle {
+                path: "/b".into(),
+                config: parse(format!(r#"{{"linux": {{"namespaces": {namespaces}}}}}"#).as_bytes()).unwrap(),
+            };
+            assert_eq!(bundle.shares_pid_namespace(), shares, "{namespaces}");
+        }
+    }
+
+    #[test]
+    fn a_bundle_without_a_usable_config_is_refused_by_path() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = folder.path().join("config.json");
+        let refusal = |wanted: &str| {
+            let error = Bundle::read(folder.path()).unwrap_err();
+            assert_eq!(error.kind(), Kind::InvalidArgument, "{error}");
+            let text = error.to_string();
+            assert!(
+                text.contains(config.to_str().unwrap()) && text.contains(wanted),
+                "{text}"
+            );
+        };
+        refusal("No such file");
+        std::fs::write(&config, "{").unwrap();
+        refusal("line 1");
+        let file = std::fs::File::create(&config).unwrap();
+        file.set_len(CONFIG_MAX_BYTES + 1).unwrap();
+        refusal("bytes");
+        std::fs::remove_file(&config).unwrap();
+        nix::unistd::mkfifo(&config, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        refusal("not a regular file");
+        let error = Bundle::read(Path::new("b")).unwrap_err();
+        assert_eq!(error.kind(), Kind::InvalidArgument);
+    }
+
+    #[test]
+    fn hostile_json_is_an_error() {
+        for text in [
+            &b""[..],
+            b"\xff\xfe",
+            b"null",
+            b"[]",
+            br#"{"root": {"path": 1}}"#,
+            br#"{"root": "rootfs"}"#,
+            br#"{"process": {"terminal": "yes"}}"#,
+            br#"{"annotations": {"a": 1}}"#,
+            br#"{"annotations": {"a": null}}"#,
+            br#"{"linux": {"cgroupsPath": []}}"#,
+            br#"{"linux": {"namespaces": {"type": "pid"}}}"#,
+            br#"{"linux": {}, "linux": {}}"#,
+            br#"{} {}"#,
+        ] {
+            refused(text);
+        }
+        for text in [
+            "[".repeat(200_000),
+            "{\"a\":".repeat(200_000),
+            format!("{{\"linux\":{{\"cgroupsPath\":{}}}}}", "9".repeat(200_000)),
+        ] {
+            refused(text.as_bytes());
+        }
+        // What nobody here reads is skipped without recursion.
+        let deep = format!("{{\"hooks\":{}{}}}", "[".repeat(200_000), "]".repeat(200_000));
+        assert!(parse(deep.as_bytes()).is_ok());
+    }
+
+    /// JSON of any shape around the keys that are read.
+    fn json_like() -> impl Strategy<Value = String> {
+        let leaf = prop_oneof![
+            Just("null".to_owned()),
+            any::<bool>().prop_map(|v| v.to_string()),
+            any::<i64>().prop_map(|v| v.to_string()),
+            "[0-9]{1,40}(\\.[0-9]{1,5})?(e[0-9]{1,3})?",
+            "[a-z/.]{0,8}".prop_map(|v| format!("{v:?}")),
+        ];
+        leaf.prop_recursive(6, 64, 8, |inner| {
+            let key = prop_oneof![
+                Just("annotations"),
+                Just("root"),
+                Just("path"),
+                Just("process"),
+                Just("terminal"),
+                Just("linux"),
+                Just("cgroupsPath"),
+                Just("namespaces"),
+                Just("type"),
+                Just("other"),
+            ];
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..6).prop_map(|items| format!("[{}]", items.join(","))),
+                prop::collection::btree_map(key, inner, 0..6).prop_map(|members| {
+                    let members: Vec<String> = members.iter().map(|(key, value)| format!("{key:?}:{value}")).collect();
+                    format!("{{{}}}", members.join(","))
+                }),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_config_or_an_error(text in prop::collection::vec(any::<u8>(), 0..200)) {
+            if let Err(error) = parse(&text) {
+                prop_assert_eq!(error.kind(), Kind::InvalidArgument);
+            }
+        }
+
+        #[test]
+        fn any_json_is_a_config_or_an_error(text in json_like()) {
+            if let Err(error) = parse(text.as_bytes()) {
+                prop_assert_eq!(error.kind(), Kind::InvalidArgument);
+            }
+        }
+    }
 }

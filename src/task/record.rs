@@ -7,7 +7,7 @@
 
 use std::{
     fs,
-    io::Write,
+    io::{Read, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
@@ -18,7 +18,11 @@ use crate::{
     backend::Exit,
     config::Options,
     error::{Context, Error, Result},
+    host::cgroup::Cgroup,
 };
+
+/// Upper bound of a record; a larger file is not one. Ours have one or two KiB.
+const RECORD_MAX_BYTES: u64 = 1 << 20;
 
 /// File name of the record inside the bundle.
 pub const RECORD_FILE: &str = "proxmox-lxcri.json";
@@ -48,6 +52,9 @@ pub struct Record {
     /// Folder of a checkpoint to restore from.
     #[serde(default)]
     pub restore_from: Option<PathBuf>,
+    /// The container's cgroup, once init lives in it.
+    #[serde(default)]
+    pub cgroup: Option<Cgroup>,
     /// Init, once it exists.
     #[serde(default)]
     pub init: Option<Identity>,
@@ -97,14 +104,29 @@ impl Record {
     /// The operating system's, or `Unknown` when the file is not a record.
     pub fn load(bundle: &Path) -> Result<Option<Self>> {
         let path = bundle.join(RECORD_FILE);
-        let text = match fs::read(&path) {
-            Ok(text) => text,
+        let mut text = Vec::new();
+        let read = fs::File::open(&path).and_then(|file| file.take(RECORD_MAX_BYTES + 1).read_to_end(&mut text));
+        match read {
+            Ok(_) => {}
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(e).context(|| format!("cannot read record {}", path.display())),
-        };
-        let record = serde_json::from_slice(&text)
-            .map_err(|e| Error::unknown(format!("cannot parse record {}", path.display())).with_source(e))?;
-        Ok(Some(record))
+        }
+        Self::parse(&text)
+            .context(|| format!("cannot parse record {}", path.display()))
+            .map(Some)
+    }
+
+    /// Parses the text of a record.
+    ///
+    /// # Errors
+    /// `Unknown`, with line and column.
+    pub fn parse(text: &[u8]) -> Result<Self> {
+        if text.len() as u64 > RECORD_MAX_BYTES {
+            return Err(Error::unknown(format!(
+                "not a record: larger than {RECORD_MAX_BYTES} bytes"
+            )));
+        }
+        serde_json::from_slice(text).map_err(|e| Error::unknown("not a record").with_source(e))
     }
 
     /// Removes the record; absence is success.
@@ -118,6 +140,131 @@ impl Record {
                 Err(e).context(|| format!("cannot remove record {}", path.display()))
             }
             _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::{backend::Exit, error::Kind};
+
+    fn record(bundle: &Path) -> Record {
+        Record {
+            id: "c1".into(),
+            namespace: "k8s.io".into(),
+            bundle: bundle.into(),
+            backend: "crun".into(),
+            options: Options::default(),
+            rootfs: Some(bundle.join("rootfs")),
+            cgroups_path: Some("/k8s.io/c1".into()),
+            shares_pid_namespace: true,
+            restore_from: None,
+            cgroup: None,
+            init: Some(Identity {
+                pid: 7,
+                start_ticks: u64::MAX,
+            }),
+            exit: Some(Exit::now(137)),
+        }
+    }
+
+    fn as_json(record: &Record) -> Value {
+        serde_json::to_value(record).unwrap()
+    }
+
+    #[test]
+    fn a_record_reads_as_it_was_saved_and_is_gone_when_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(Record::load(folder.path()).unwrap().is_none());
+        let record = record(folder.path());
+        record.save().unwrap();
+        let loaded = Record::load(folder.path()).unwrap().unwrap();
+        assert_eq!(as_json(&loaded), as_json(&record));
+        record.remove().unwrap();
+        record.remove().unwrap();
+        assert!(Record::load(folder.path()).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_record_of_a_newer_shim_is_read() {
+        let mut text = as_json(&record(Path::new("/b")));
+        text["later"] = json!({"a": [1]});
+        text["options"]["later"] = json!(true);
+        let read = Record::parse(text.to_string().as_bytes()).unwrap();
+        assert_eq!(
+            as_json(&read),
+            as_json(&Record::parse(text.to_string().as_bytes()).unwrap())
+        );
+        assert_eq!((read.id.as_str(), read.options), ("c1", Options::default()));
+    }
+
+    #[test]
+    fn a_file_that_is_no_record_is_an_error_that_names_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(RECORD_FILE);
+        let huge = vec![b' '; RECORD_MAX_BYTES as usize + 1];
+        for text in [&b""[..], b"{}", b"[]", b"{\"id\":1}", b"\xff", &huge] {
+            fs::write(&path, text).unwrap();
+            let error = Record::load(folder.path()).unwrap_err();
+            assert_eq!(error.kind(), Kind::Unknown);
+            assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+        }
+    }
+
+    #[test]
+    fn hostile_json_is_an_error() {
+        let good = as_json(&record(Path::new("/b")));
+        let keys: Vec<String> = good.as_object().unwrap().keys().cloned().collect();
+        let hostile = [
+            json!(-1),
+            json!(1e300),
+            json!([[[[]]]]),
+            json!({"pid": 4_294_967_296_u64, "start_ticks": 1}),
+            json!({"status": 1, "at": {"secs_since_epoch": u64::MAX, "nanos_since_epoch": 4_000_000_000_u32}}),
+        ];
+        for key in &keys {
+            for value in &hostile {
+                let mut text = good.clone();
+                text[key] = value.clone();
+                // The options have a default for everything, so that a foreign object in their place reads as the defaults.
+                if key == "options" && value.is_object() {
+                    continue;
+                }
+                assert!(Record::parse(text.to_string().as_bytes()).is_err(), "{key}: {value}");
+            }
+        }
+        for text in [
+            "[".repeat(100_000),
+            "{\"a\":".repeat(100_000),
+            format!("{{\"id\":{}", "[".repeat(100_000)),
+            format!("{{\"id\":{}}}", "9".repeat(100_000)),
+        ] {
+            assert!(Record::parse(text.as_bytes()).is_err());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_record_or_an_error(text in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Record::parse(&text);
+        }
+
+        #[test]
+        fn a_damaged_record_is_a_record_or_an_error(at in any::<prop::sample::Index>(), byte in any::<u8>(), cut in any::<bool>()) {
+            let mut text = as_json(&record(Path::new("/b"))).to_string().into_bytes();
+            let at = at.index(text.len());
+            text[at] = byte;
+            if cut {
+                text.truncate(at);
+            }
+            if let Ok(read) = Record::parse(&text) {
+                let again = Record::parse(as_json(&read).to_string().as_bytes()).unwrap();
+                prop_assert_eq!(as_json(&again), as_json(&read));
+            }
         }
     }
 }

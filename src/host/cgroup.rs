@@ -1,1 +1,0 @@
-//! cgroups of a container, v1, hybrid and v2.

@@ -1,0 +1,208 @@
+//! The shim itself: one process per group, serving the task service on the socket that `start` gave it.
+
+use std::{
+    collections::HashMap,
+    env,
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::net::UnixListener,
+    },
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use nix::{
+    fcntl::{FcntlArg, FdFlag, fcntl},
+    sys::{
+        prctl,
+        socket::{getsockopt, sockopt},
+        stat::{Mode, umask},
+    },
+};
+use tokio::signal::unix::{SignalKind, signal};
+use ttrpc::asynchronous::{Server, Service, transport::Listener};
+
+use super::{args::Flags, events::Publisher, log::FifoLog};
+use crate::{
+    backend::{BoxFuture, check_id},
+    error::{Context, Error, Result},
+    host::command::become_subreaper,
+};
+
+/// The descriptor on which `start` leaves the listening socket.
+pub const LISTENER_FD: i32 = 3;
+
+/// Bound of the delivery of the last events.
+const DRAIN_BOUND: Duration = Duration::from_secs(5);
+/// Bound of the answers that are still being written at the end.
+const GOODBYE_BOUND: Duration = Duration::from_secs(1);
+
+/// What the server needs of the engine.
+pub struct Parts {
+    /// The ttrpc services by their full names.
+    pub services: HashMap<String, Service>,
+    /// Resolves when the shim shall end: Shutdown was called and nothing lives.
+    pub done: BoxFuture<'static, ()>,
+    /// Whether a container lives, which keeps signals from ending the shim.
+    pub busy: Box<dyn Fn() -> bool + Send + Sync>,
+}
+
+/// Runs the shim until it has nothing to do any more. `build` makes the engine, inside the runtime.
+///
+/// The process is prepared here: name, umask, memory allocator, log, subreaper, working directory `/` (so that neither the bundle nor
+/// what it lies on is kept busy).
+///
+/// # Errors
+/// `FailedPrecondition` when descriptor 3 is not a listening socket: somebody ran the program without an action.
+pub fn serve(flags: &Flags, build: impl FnOnce(&Flags, Arc<Publisher>) -> Parts) -> Result<()> {
+    check_id("namespace", &flags.namespace)?;
+    check_id("id", &flags.id)?;
+    let listener = inherited_listener()?;
+    let socket = listener
+        .local_addr()
+        .ok()
+        .and_then(|a| a.as_pathname().map(PathBuf::from));
+    let bundle = env::current_dir().context(|| "cannot see the working directory")?;
+    prepare();
+    FifoLog::new(&bundle, &flags.namespace, &flags.id, flags.debug).install()?;
+    env::set_current_dir("/").context(|| "cannot leave the bundle")?;
+    become_subreaper()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(4)
+        .thread_keep_alive(Duration::from_secs(2))
+        .build()
+        .context(|| "cannot start the runtime")?;
+    let result = runtime.block_on(run(flags, listener, socket, build));
+    if let Err(e) = &result {
+        log::error!("{e}");
+    }
+    // Whatever still blocks in a thread must not keep the process.
+    runtime.shutdown_background();
+    result
+}
+
+async fn run(
+    flags: &Flags,
+    listener: UnixListener,
+    socket: Option<PathBuf>,
+    build: impl FnOnce(&Flags, Arc<Publisher>) -> Parts,
+) -> Result<()> {
+    let ttrpc_address = env::var("TTRPC_ADDRESS").ok().filter(|address| !address.is_empty());
+    let fallback = || Some(format!("{}.ttrpc", flags.address)).filter(|_| !flags.address.is_empty());
+    let publisher = Arc::new(Publisher::new(
+        &flags.namespace,
+        ttrpc_address.or_else(fallback).as_deref(),
+    ));
+    let Parts { services, done, busy } = build(flags, publisher.clone());
+    let listener = Listener::try_from(listener).context(|| "cannot use the listening socket")?;
+    let mut server = Server::new().add_listener(listener).register_service(services);
+    server
+        .start()
+        .await
+        .map_err(|e| Error::unknown("cannot serve on the socket").with_source(e))?;
+    log::debug!("serving, pid {}", std::process::id());
+    tokio::select! {
+        () = done => log::debug!("nothing left to do"),
+        result = ended_by_signal(busy) => result?,
+    }
+    // While this process still listens, so that the file cannot be anybody else's.
+    if let Some(socket) = socket {
+        let _ = std::fs::remove_file(socket);
+    }
+    let left = publisher.drain(DRAIN_BOUND).await;
+    if left > 0 {
+        log::error!("{left} events are lost: containerd did not take them within {DRAIN_BOUND:?}");
+    }
+    let _ = tokio::time::timeout(GOODBYE_BOUND, server.shutdown()).await;
+    Ok(())
+}
+
+/// Returns when a signal asks for the end and no container lives. systemd sends SIGTERM to everything that it finds in a session or
+/// a unit; containers must not die of it.
+async fn ended_by_signal(busy: Box<dyn Fn() -> bool + Send + Sync>) -> Result<()> {
+    let listen = |kind| signal(kind).context(|| "cannot listen for signals");
+    let mut terminate = listen(SignalKind::terminate())?;
+    let mut interrupt = listen(SignalKind::interrupt())?;
+    let mut hangup = listen(SignalKind::hangup())?;
+    loop {
+        let name = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+            _ = hangup.recv() => "SIGHUP",
+        };
+        if !busy() {
+            log::info!("{name}: no container lives, ending");
+            return Ok(());
+        }
+        log::warn!("{name} ignored: containers live; SIGKILL ends the shim alone");
+    }
+}
+
+fn inherited_listener() -> Result<UnixListener> {
+    let not_ours = || {
+        Error::precondition(
+            "descriptor 3 is not a listening socket; containerd calls this program with \"start\", see -h",
+        )
+    };
+    // SAFETY: borrowed only for these two calls; a closed descriptor makes them fail with EBADF.
+    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(LISTENER_FD) };
+    if !getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false) {
+        return Err(not_ours());
+    }
+    fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|_| not_ours())?;
+    // SAFETY: open, as seen above, and nothing else in this process owns it: it was inherited.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd.as_raw_fd()) }.into())
+}
+
+/// Settings of the process that cannot fail, or whose failure changes nothing that matters.
+fn prepare() {
+    // The name under which operators look for shims; the program was run as /proc/self/exe.
+    let _ = prctl::set_name(c"containerd-shim");
+    umask(Mode::from_bits_truncate(0o022));
+    #[cfg(target_env = "gnu")]
+    // SAFETY: plain settings of the allocator, before any other thread exists.
+    unsafe {
+        // One arena, also for the threads of the blocking pool; free memory at the top goes back early.
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 64 << 10);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 10);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::signal::{Signal, raise};
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn signals_are_ignored_while_a_container_lives() {
+        let (asked, mut questions) = mpsc::unbounded_channel();
+        let mut answers = [true, true, false].into_iter();
+        let answers = std::sync::Mutex::new(move || answers.next().unwrap());
+        let mut end = tokio::spawn(ended_by_signal(Box::new(move || {
+            asked.send(()).unwrap();
+            answers.lock().unwrap()()
+        })));
+        // Until the handlers are there, a signal would end this process.
+        while !caught(Signal::SIGHUP) {
+            tokio::task::yield_now().await;
+        }
+        for signal in [Signal::SIGTERM, Signal::SIGINT] {
+            raise(signal).unwrap();
+            questions.recv().await.unwrap();
+            assert!(!end.is_finished());
+        }
+        raise(Signal::SIGHUP).unwrap();
+        (&mut end).await.unwrap().unwrap();
+    }
+
+    fn caught(signal: Signal) -> bool {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+        u64::from_str_radix(mask.trim(), 16).unwrap() & (1 << (signal as i32 - 1)) != 0
+    }
+}

@@ -1,0 +1,1164 @@
+//! The contract of a backend, seen from containerd's side: one suite, every backend that is built.
+//!
+//! Drives the real shim over its socket, without containerd. `LXCRI_TEST_BACKEND` chooses one backend; each must pass all of it.
+
+/// The part of the harness that needs no containerd.
+mod support {
+    #![allow(dead_code, reason = "each test file uses another part of the harness")]
+    #![allow(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::print_stderr,
+        reason = "a harness fails by panicking"
+    )]
+
+    pub(crate) mod image;
+    pub(crate) mod leaks;
+    pub(crate) mod pod;
+    pub(crate) mod skip;
+    pub(crate) mod universe;
+}
+
+use std::{fs, io::Write, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+
+use containerd_shim_protos::{
+    api::{self, Status},
+    cgroups::metrics::Metrics as MetricsV1,
+    cgroups_v2::metrics::Metrics as MetricsV2,
+    protobuf::{Message, well_known_types::any::Any},
+    ttrpc::Code,
+};
+use serde_json::json;
+use support::{
+    pod::{BOUND, Bundle, Daemon, Io, Pod, Reading, Start, mount, process, refused},
+    universe,
+};
+
+/// The backends that exist.
+const BACKENDS: [&str; 1] = ["crun"];
+
+/// Runs a test once for each backend, one test at a time, and asserts that nothing is left behind.
+fn each_backend<F: AsyncFn(&mut Daemon, &str)>(test: F) {
+    universe::token();
+    static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let chosen = std::env::var("LXCRI_TEST_BACKEND").ok();
+    for backend in BACKENDS
+        .iter()
+        .filter(|backend| chosen.as_deref().is_none_or(|one| one == **backend))
+    {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let mut daemon = Daemon::new().await;
+            let ended = tokio::time::timeout(BOUND * 2, test(&mut daemon, backend)).await;
+            assert!(ended.is_ok(), "backend {backend}: not done after {:?}", BOUND * 2);
+            daemon.ends().await;
+        });
+    }
+}
+
+/// A pod on `backend` with its first bundle.
+async fn pod(daemon: &Daemon, backend: &str, args: &[&str]) -> (Pod, Bundle) {
+    let bundle = daemon.bundle("a", args);
+    let mut pod = Pod::start(daemon, &bundle).await;
+    pod.options = Some(options(&format!("backend = \"{backend}\"")));
+    (pod, bundle)
+}
+
+/// Runtime options as CRI sends them for a runtime type that it does not know.
+fn options(toml: &str) -> Any {
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Options {
+        #[prost(string, tag = "1")]
+        type_url: String,
+        #[prost(string, tag = "2")]
+        config_path: String,
+        #[prost(bytes = "vec", tag = "3")]
+        config_body: Vec<u8>,
+    }
+    let message = Options {
+        config_body: toml.into(),
+        ..Options::default()
+    };
+    Any {
+        type_url: "runtimeoptions.v1.Options".into(),
+        value: prost::Message::encode_to_vec(&message),
+        ..Any::default()
+    }
+}
+
+const FOREVER: [&str; 2] = ["sleep", "100000"];
+
+fn shell(script: &str) -> [&str; 3] {
+    ["sh", "-c", script]
+}
+
+/// Waits until a file of the container's root says something.
+async fn appears(path: &Path) {
+    let end = tokio::time::Instant::now() + BOUND;
+    while !path.exists() {
+        assert!(tokio::time::Instant::now() < end, "{} never appears", path.display());
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+// ---- lifecycle -------------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_container_runs_prints_and_exits_with_its_status() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &shell("echo out; echo err >&2; exit 42")).await;
+        let io = Io::fifos(&a.path, "init");
+        let (stdout, stderr) = (io.read_stdout(), io.read_stderr());
+        let pid = pod.create(&a, &io).await.unwrap();
+        assert_eq!(pod.status("a").await, Status::CREATED);
+        assert_eq!(pod.pids("a").await.unwrap().len(), 1);
+        assert_eq!(pod.start_process("a", "").await.unwrap(), pid);
+        assert_eq!(pod.wait("a", "").await.unwrap(), 42);
+        assert_eq!(stdout.text().await, "out\n");
+        assert_eq!(stderr.text().await, "err\n");
+        let state = pod.state("a", "").await.unwrap();
+        assert_eq!((state.pid, state.exit_status, state.id.as_str()), (pid, 42, "a"));
+        assert_eq!(state.status, Status::STOPPED.into());
+        assert_eq!((state.stdout, state.bundle), (io.stdout, a.path.display().to_string()));
+        let deleted = pod.delete("a", "").await.unwrap();
+        assert_eq!((deleted.pid, deleted.exit_status), (pid, 42));
+        refused(pod.state("a", "").await, Code::NOT_FOUND, "container not created");
+        assert_eq!(
+            daemon.hears("delete a 42").await,
+            ["create a", "start a", "exit a 42", "delete a 42"]
+        );
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn both_versions_of_the_task_service_answer_alike() {
+    each_backend(async |daemon, backend| {
+        let (mut pod, a) = pod(daemon, backend, &FOREVER).await;
+        pod.run(&a, &Io::none()).await;
+        let second = pod.state("a", "").await.unwrap();
+        pod.speak("containerd.task.v3.Task");
+        assert_eq!(pod.state("a", "").await.unwrap(), second);
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn an_instant_exit_never_overtakes_its_start() {
+    each_backend(async |daemon, backend| {
+        let (pod, first) = pod(daemon, backend, &["true"]).await;
+        for n in 0..30 {
+            let bundle = if n == 0 {
+                first.clone()
+            } else {
+                daemon.bundle(&format!("c{n}"), &["true"])
+            };
+            let id = bundle.id.as_str();
+            pod.run(&bundle, &Io::none()).await;
+            assert_eq!(pod.wait(id, "").await.unwrap(), 0);
+            pod.delete(id, "").await.unwrap();
+            let told = daemon.hears(&format!("delete {id} 0")).await;
+            let own: Vec<_> = told.iter().filter(|told| told.split(' ').nth(1) == Some(id)).collect();
+            assert_eq!(
+                own,
+                [
+                    &format!("create {id}"),
+                    &format!("start {id}"),
+                    &format!("exit {id} 0"),
+                    &format!("delete {id} 0")
+                ]
+            );
+        }
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_signal_is_128_more_as_an_exit_status() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &FOREVER).await;
+        pod.run(&a, &Io::none()).await;
+        // Pid 1 takes only what it handles, and SIGKILL.
+        for (exec, signal) in [
+            ("hup", libc::SIGHUP),
+            ("term", libc::SIGTERM),
+            ("usr", libc::SIGUSR1),
+            ("kill", libc::SIGKILL),
+        ] {
+            pod.exec("a", exec, &process(&FOREVER), &Io::none()).await.unwrap();
+            pod.start_process("a", exec).await.unwrap();
+            pod.kill("a", exec, signal, false).await.unwrap();
+            assert_eq!(pod.wait("a", exec).await.unwrap(), 128 + signal.cast_unsigned());
+        }
+        pod.kill("a", "", libc::SIGKILL, false).await.unwrap();
+        assert_eq!(pod.wait("a", "").await.unwrap(), 137);
+        refused(
+            pod.kill("a", "", libc::SIGTERM, false).await,
+            Code::NOT_FOUND,
+            "process already finished",
+        );
+        refused(
+            pod.kill("a", "", libc::SIGKILL, true).await,
+            Code::NOT_FOUND,
+            "process already finished",
+        );
+        pod.delete("a", "").await.unwrap();
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn kill_all_reaches_every_process_of_the_container() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(
+            daemon,
+            backend,
+            &shell("trap 'exit 3' TERM; sleep 1000 & sleep 1000 & touch /ready; wait"),
+        )
+        .await;
+        pod.run(&a, &Io::none()).await;
+        appears(&a.path.join("upper/ready")).await;
+        assert!(pod.pids("a").await.unwrap().len() >= 3);
+        pod.kill("a", "", libc::SIGTERM, true).await.unwrap();
+        assert_eq!(pod.wait("a", "").await.unwrap(), 3);
+        pod.delete("a", "").await.unwrap();
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_created_container_can_be_deleted_and_never_ran() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &["touch", "/ran"]).await;
+        pod.create(&a, &Io::none()).await.unwrap();
+        assert_eq!(pod.delete("a", "").await.unwrap().exit_status, 137);
+        assert!(!a.path.join("upper/ran").exists());
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn what_runs_is_not_deleted_and_what_exists_not_created_twice() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &FOREVER).await;
+        let pid = pod.run(&a, &Io::none()).await;
+        refused(
+            pod.delete("a", "").await,
+            Code::FAILED_PRECONDITION,
+            "cannot delete a running process",
+        );
+        refused(pod.create(&a, &Io::none()).await, Code::ALREADY_EXISTS, "a");
+        refused(
+            pod.start_process("a", "").await,
+            Code::FAILED_PRECONDITION,
+            "cannot start a running process",
+        );
+        assert_eq!(pod.state("a", "").await.unwrap().pid, pid);
+        assert_eq!(pod.status("a").await, Status::RUNNING);
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn unknown_things_are_not_found() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &FOREVER).await;
+        refused(pod.state("nope", "").await, Code::NOT_FOUND, "nope");
+        refused(pod.start_process("nope", "").await, Code::NOT_FOUND, "nope");
+        refused(pod.delete("nope", "").await, Code::NOT_FOUND, "nope");
+        refused(pod.pids("nope").await, Code::NOT_FOUND, "nope");
+        refused(pod.wait("nope", "").await, Code::NOT_FOUND, "nope");
+        refused(pod.stats("nope").await, Code::NOT_FOUND, "nope");
+        pod.run(&a, &Io::none()).await;
+        refused(
+            pod.state("a", "nope").await,
+            Code::NOT_FOUND,
+            "process does not exist nope",
+        );
+        refused(
+            pod.start_process("a", "nope").await,
+            Code::NOT_FOUND,
+            "process does not exist nope",
+        );
+        refused(
+            pod.kill("a", "nope", 9, false).await,
+            Code::NOT_FOUND,
+            "process does not exist nope",
+        );
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+// ---- exec ------------------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn an_exec_runs_beside_init_with_stdio_and_status_of_its_own() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &FOREVER).await;
+        let init = pod.run(&a, &Io::none()).await;
+        let io = Io::fifos(&a.path, "e1");
+        let (stdout, stderr) = (io.read_stdout(), io.read_stderr());
+        let mut spec = process(&shell("echo $WHO at $(pwd); id -u; echo oops >&2; read line; exit 9"));
+        spec["env"] = json!(["PATH=/bin", "WHO=me"]);
+        spec["cwd"] = "/tmp".into();
+        spec["user"] = json!({"uid": 1000, "gid": 1000});
+        pod.exec("a", "e1", &spec, &io).await.unwrap();
+        refused(pod.exec("a", "e1", &spec, &io).await, Code::ALREADY_EXISTS, "e1");
+        refused(
+            pod.kill("a", "e1", 9, false).await,
+            Code::NOT_FOUND,
+            "process not created",
+        );
+        let mut stdin = io.open_stdin();
+        let pid = pod.start_process("a", "e1").await.unwrap();
+        assert_ne!(pid, init);
+        let pids = pod.pids("a").await.unwrap();
+        assert_eq!((pids[&pid].as_str(), pids[&init].as_str()), ("e1", ""));
+        refused(
+            pod.delete("a", "e1").await,
+            Code::FAILED_PRECONDITION,
+            "cannot delete a running process",
+        );
+        stdin.write_all(b"go\n").unwrap();
+        assert_eq!(pod.wait("a", "e1").await.unwrap(), 9);
+        assert_eq!(stdout.text().await, "me at /tmp\n1000\n");
+        assert_eq!(stderr.text().await, "oops\n");
+        assert_eq!(pod.delete("a", "e1").await.unwrap().exit_status, 9);
+        refused(pod.state("a", "e1").await, Code::NOT_FOUND, "process does not exist e1");
+        assert_eq!(
+            daemon.hears("exit e1 9").await,
+            ["create a", "start a", "exec-added e1", "exec-started e1", "exit e1 9"]
+        );
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn the_exits_of_execs_come_before_that_of_init() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &FOREVER).await;
+        pod.run(&a, &Io::none()).await;
+        for exec in ["e1", "e2", "e3"] {
+            pod.exec("a", exec, &process(&FOREVER), &Io::none()).await.unwrap();
+            pod.start_process("a", exec).await.unwrap();
+        }
+        pod.exec("a", "late", &process(&FOREVER), &Io::none()).await.unwrap();
+        pod.kill("a", "", libc::SIGKILL, false).await.unwrap();
+        assert_eq!(pod.wait("a", "").await.unwrap(), 137);
+        let told = daemon.hears("exit a 137").await;
+        let exits: Vec<_> = told.iter().filter(|told| told.starts_with("exit ")).collect();
+        assert_eq!(exits.len(), 4, "{told:?}");
+        assert_eq!(exits[3], "exit a 137");
+        refused(
+            pod.start_process("a", "late").await,
+            Code::FAILED_PRECONDITION,
+            "init process is not running",
+        );
+        pod.delete("a", "").await.unwrap();
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_missing_program_is_named_in_the_words_that_clients_match() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &["no-such-program"]).await;
+        let refusal = pod.create(&a, &Io::none()).await.unwrap_err().text;
+        assert!(refusal.contains("OCI runtime create failed: "), "{refusal}");
+        assert!(refusal.contains("executable file not found in $PATH"), "{refusal}");
+        assert!(refusal.contains("no-such-program"), "{refusal}");
+        refused(pod.state("a", "").await, Code::NOT_FOUND, "container not created");
+        let b = daemon.bundle("b", &FOREVER);
+        pod.run(&b, &Io::none()).await;
+        pod.exec("b", "e1", &process(&["no-such-program"]), &Io::none())
+            .await
+            .unwrap();
+        let refusal = pod.start_process("b", "e1").await.unwrap_err().text;
+        assert!(refusal.contains("OCI runtime exec failed: "), "{refusal}");
+        assert!(refusal.contains("executable file not found in $PATH"), "{refusal}");
+        pod.delete("b", "e1").await.unwrap();
+        pod.end("b").await;
+        pod.shutdown().await;
+    });
+}
+
+// ---- stdio -----------------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn no_byte_of_20_mib_is_lost_from_stdin_to_stdout() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &["cat"]).await;
+        let io = Io::fifos(&a.path, "init");
+        let stdout = io.read_stdout();
+        let mut stdin = io.open_stdin();
+        pod.run(&a, &io).await;
+        let sent: Vec<u8> = (0..20 << 20).map(|n: u32| (n % 251) as u8).collect();
+        let writer = {
+            let sent = sent.clone();
+            tokio::task::spawn_blocking(move || stdin.write_all(&sent).unwrap())
+        };
+        writer.await.unwrap();
+        // The client has gone; only CloseIO is the end of the input.
+        assert_eq!(pod.status("a").await, Status::RUNNING);
+        pod.close_stdin("a", "").await.unwrap();
+        assert_eq!(pod.wait("a", "").await.unwrap(), 0);
+        assert!(stdout.bytes().await == sent, "stdout differs from stdin");
+        pod.delete("a", "").await.unwrap();
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn what_was_written_right_before_the_exit_arrives() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &shell("head -c 8388608 /dev/zero | tr '\\0' x")).await;
+        let io = Io::fifos(&a.path, "init");
+        let stdout = io.read_stdout();
+        pod.run(&a, &io).await;
+        assert_eq!(pod.wait("a", "").await.unwrap(), 0);
+        pod.delete("a", "").await.unwrap();
+        let bytes = stdout.bytes().await;
+        assert_eq!(bytes.len(), 8 << 20);
+        assert!(bytes.iter().all(|byte| *byte == b'x'));
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_reader_may_leave_and_come_back() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &shell("while read line; do echo got $line; done")).await;
+        let io = Io::fifos(&a.path, "init");
+        let mut stdin = io.open_stdin();
+        let mut first = fs::OpenOptions::new().read(true).write(true).open(&io.stdout).unwrap();
+        pod.run(&a, &io).await;
+        stdin.write_all(b"one\n").unwrap();
+        let mut line = [0; 8];
+        std::io::Read::read_exact(&mut first, &mut line).unwrap();
+        assert_eq!(&line, b"got one\n");
+        drop(first);
+        stdin.write_all(b"two\n").unwrap();
+        let second = io.read_stdout();
+        stdin.write_all(b"three\n").unwrap();
+        drop(stdin);
+        pod.close_stdin("a", "").await.unwrap();
+        assert_eq!(pod.wait("a", "").await.unwrap(), 0);
+        assert_eq!(second.text().await, "got two\ngot three\n");
+        pod.delete("a", "").await.unwrap();
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_reader_that_never_reads_does_not_hang_delete() {
+    each_backend(async |daemon, backend| {
+        let (mut pod, a) = pod(
+            daemon,
+            backend,
+            &shell("head -c 400000 /dev/zero & sleep 0.1; kill -9 $!; exit 0"),
+        )
+        .await;
+        pod.options = Some(options(&format!("backend = \"{backend}\"\ndrain_timeout_ms = 200")));
+        let io = Io::fifos(&a.path, "init");
+        pod.run(&a, &io).await;
+        assert_eq!(pod.wait("a", "").await.unwrap(), 0);
+        pod.delete("a", "").await.unwrap();
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_grandchild_that_holds_the_output_does_not_hang_the_delete_of_its_exec() {
+    each_backend(async |daemon, backend| {
+        let (mut pod, a) = pod(daemon, backend, &FOREVER).await;
+        pod.options = Some(options(&format!("backend = \"{backend}\"\ndrain_timeout_ms = 200")));
+        pod.run(&a, &Io::none()).await;
+        let io = Io::fifos(&a.path, "e1");
+        let stdout = io.read_stdout();
+        pod.exec("a", "e1", &process(&shell("sleep 1000 & echo done")), &io)
+            .await
+            .unwrap();
+        pod.start_process("a", "e1").await.unwrap();
+        assert_eq!(pod.wait("a", "e1").await.unwrap(), 0);
+        pod.delete("a", "e1").await.unwrap();
+        assert_eq!(stdout.text().await, "done\n");
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_terminal_is_a_terminal_that_can_be_resized() {
+    each_backend(async |daemon, backend| {
+        let (pod, mut a) = pod(daemon, backend, &shell("tty; read line; stty size; exit 4")).await;
+        a.spec["process"]["terminal"] = true.into();
+        let io = Io::terminal(&a.path, "init");
+        let stdout = io.read_stdout();
+        let mut stdin = io.open_stdin();
+        pod.run(&a, &io).await;
+        pod.resize("a", "", 132, 43).await.unwrap();
+        stdin.write_all(b"go\n").unwrap();
+        assert_eq!(pod.wait("a", "").await.unwrap(), 4);
+        let text = stdout.text().await;
+        assert!(text.contains("/dev/"), "{text:?}");
+        assert!(text.contains("43 132"), "{text:?}");
+        pod.delete("a", "").await.unwrap();
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn an_exec_with_a_terminal_beside_an_init_without_one() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &FOREVER).await;
+        pod.run(&a, &Io::none()).await;
+        let io = Io::terminal(&a.path, "e1");
+        let stdout = io.read_stdout();
+        pod.exec("a", "e1", &process(&shell("test -t 0 && test -t 1 && echo yes")), &io)
+            .await
+            .unwrap();
+        pod.start_process("a", "e1").await.unwrap();
+        assert_eq!(pod.wait("a", "e1").await.unwrap(), 0);
+        assert_eq!(stdout.text().await, "yes\r\n");
+        pod.delete("a", "e1").await.unwrap();
+        pod.resize("a", "", 80, 25).await.unwrap();
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn output_can_go_to_a_file_and_to_a_logger() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &shell("echo to the file")).await;
+        let file = a.path.join("log/../logs/out.log");
+        let file = Path::new("/").join(file.strip_prefix("/").unwrap().to_string_lossy().replace("log/../", ""));
+        let io = Io {
+            stdout: format!("file://{}", file.display()),
+            ..Io::none()
+        };
+        pod.run(&a, &io).await;
+        pod.wait("a", "").await.unwrap();
+        pod.delete("a", "").await.unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "to the file\n");
+
+        let b = daemon.bundle("b", &shell("echo to the logger; echo and this >&2"));
+        let logger = b.path.join("logger");
+        let script = "#!/bin/sh\nexec 5>&-\necho \"$CONTAINER_NAMESPACE $CONTAINER_ID $*\" >$2.who\ncat <&3 >$2.out\ncat <&4 >$2.err\nmv $2.err $2.done\n";
+        fs::write(&logger, script).unwrap();
+        fs::set_permissions(&logger, fs::Permissions::from_mode(0o755)).unwrap();
+        let uri = format!("binary://{}?to={}", logger.display(), b.path.join("to").display());
+        let io = Io {
+            stdout: uri.clone(),
+            stderr: uri,
+            ..Io::none()
+        };
+        pod.run(&b, &io).await;
+        pod.wait("b", "").await.unwrap();
+        pod.delete("b", "").await.unwrap();
+        appears(&b.path.join("to.done")).await;
+        assert_eq!(fs::read_to_string(b.path.join("to.out")).unwrap(), "to the logger\n");
+        assert_eq!(fs::read_to_string(b.path.join("to.done")).unwrap(), "and this\n");
+        assert_eq!(
+            fs::read_to_string(b.path.join("to.who")).unwrap(),
+            format!("contract b to {}\n", b.path.join("to").display())
+        );
+        pod.shutdown().await;
+    });
+}
+
+// ---- pause, update, stats, OOM ---------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_paused_container_stands_still_takes_no_exec_and_can_be_killed() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &FOREVER).await;
+        refused(pod.pause("a").await, Code::NOT_FOUND, "a");
+        pod.run(&a, &Io::none()).await;
+        pod.pause("a").await.unwrap();
+        assert_eq!(pod.status("a").await, Status::PAUSED);
+        refused(
+            pod.exec("a", "e1", &process(&["true"]), &Io::none()).await,
+            Code::FAILED_PRECONDITION,
+            "cannot exec in a paused state",
+        );
+        refused(
+            pod.pause("a").await,
+            Code::FAILED_PRECONDITION,
+            "cannot pause task in paused state",
+        );
+        refused(
+            pod.delete("a", "").await,
+            Code::FAILED_PRECONDITION,
+            "cannot delete a running process",
+        );
+        pod.resume("a").await.unwrap();
+        assert_eq!(pod.status("a").await, Status::RUNNING);
+        refused(
+            pod.resume("a").await,
+            Code::FAILED_PRECONDITION,
+            "cannot resume task in running state",
+        );
+        pod.exec("a", "e1", &process(&["true"]), &Io::none()).await.unwrap();
+        pod.start_process("a", "e1").await.unwrap();
+        assert_eq!(pod.wait("a", "e1").await.unwrap(), 0);
+        pod.pause("a").await.unwrap();
+        pod.kill("a", "", libc::SIGKILL, false).await.unwrap();
+        assert_eq!(pod.wait("a", "").await.unwrap(), 137);
+        pod.delete("a", "").await.unwrap();
+        let told = daemon.hears("delete a 137").await;
+        assert_eq!(told[2..4], ["paused a", "resumed a"]);
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_paused_container_dies_by_kill_all() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &FOREVER).await;
+        pod.run(&a, &Io::none()).await;
+        pod.pause("a").await.unwrap();
+        pod.kill("a", "", libc::SIGKILL, true).await.unwrap();
+        assert_eq!(pod.wait("a", "").await.unwrap(), 137);
+        pod.delete("a", "").await.unwrap();
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn stats_are_those_of_the_containers_cgroup() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &shell("touch /ready; while :; do :; done")).await;
+        pod.run(&a, &Io::none()).await;
+        appears(&a.path.join("upper/ready")).await;
+        let stats = pod.stats("a").await.unwrap();
+        if support::pod::cgroup_v2() {
+            assert_eq!(stats.type_url, "io.containerd.cgroups.v2.Metrics");
+            MetricsV2::parse_from_bytes(&stats.value).unwrap();
+        } else {
+            assert_eq!(stats.type_url, "io.containerd.cgroups.v1.Metrics");
+            let metrics = MetricsV1::parse_from_bytes(&stats.value).unwrap();
+            assert!(metrics.pids.current > 0);
+            assert!(
+                metrics.memory.usage.usage > 0 && metrics.cpu.usage.total > 0,
+                "{metrics:?}"
+            );
+        }
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn update_changes_the_limits_of_a_running_container() {
+    each_backend(async |daemon, backend| {
+        if support::pod::cgroup_v2() {
+            return support::skip::skip(
+                "backend_contract::update_changes_the_limits_of_a_running_container",
+                "no v2 controllers on this machine",
+            );
+        }
+        let (pod, a) = pod(daemon, backend, &FOREVER).await;
+        pod.run(&a, &Io::none()).await;
+        pod.update("a", &json!({"memory": {"limit": 64 << 20}, "pids": {"limit": 77}}))
+            .await
+            .unwrap();
+        let metrics = MetricsV1::parse_from_bytes(&pod.stats("a").await.unwrap().value).unwrap();
+        assert_eq!(metrics.memory.usage.limit, 64 << 20);
+        assert_eq!(metrics.pids.limit, 77);
+        assert!(pod.update("a", &json!("garbage")).await.is_err());
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn an_oom_is_told_before_the_exit_that_it_caused() {
+    each_backend(async |daemon, backend| {
+        if support::pod::cgroup_v2() {
+            return support::skip::skip(
+                "backend_contract::an_oom_is_told_before_the_exit_that_it_caused",
+                "no v2 memory controller on this machine",
+            );
+        }
+        let (pod, mut a) = pod(daemon, backend, &shell("x=a; while :; do x=$x$x; done")).await;
+        a.spec["linux"]["resources"]["memory"] = json!({"limit": 16 << 20, "swap": 16 << 20});
+        pod.run(&a, &Io::none()).await;
+        assert_eq!(pod.wait("a", "").await.unwrap(), 137);
+        let told = daemon.hears("exit a 137").await;
+        assert_eq!(told, ["create a", "start a", "oom a", "exit a 137"]);
+        pod.delete("a", "").await.unwrap();
+        pod.shutdown().await;
+    });
+}
+
+// ---- what containers are made of ---------------------------------------------------------------------------------------------------
+
+#[test]
+fn one_shim_serves_a_pod_whose_containers_share_namespaces_by_path() {
+    each_backend(async |daemon, backend| {
+        let sandbox = daemon
+            .bundle("sandbox", &FOREVER)
+            .annotate("io.kubernetes.cri.sandbox-id", "sandbox");
+        let mut first = Pod::start(daemon, &sandbox).await;
+        first.options = Some(options(&format!("backend = \"{backend}\"")));
+        let pid = first.run(&sandbox, &Io::none()).await;
+        let mut app = daemon
+            .bundle(
+                "app",
+                &shell("readlink /proc/self/ns/net; sleep 1000 & touch /ready; exec sleep 1000"),
+            )
+            .annotate("io.kubernetes.cri.sandbox-id", "sandbox");
+        for namespace in app.spec["linux"]["namespaces"].as_array_mut().unwrap() {
+            let file = match namespace["type"].as_str().unwrap() {
+                "network" => "net",
+                kind @ ("pid" | "ipc" | "uts") => kind,
+                _ => continue,
+            };
+            namespace["path"] = format!("/proc/{pid}/ns/{file}").into();
+        }
+        let again = Pod::start(daemon, &app).await;
+        assert_eq!((again.pid, &again.address), (first.pid, &first.address));
+        let io = Io::fifos(&app.path, "init");
+        let stdout = io.read_stdout();
+        let app_pid = first.run(&app, &io).await;
+        appears(&app.path.join("upper/ready")).await;
+        assert_eq!(first.pids("app").await.unwrap().len(), 2);
+        for namespace in ["net", "ipc", "uts", "pid"] {
+            let of = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).unwrap();
+            assert_eq!(of(pid), of(app_pid), "{namespace}");
+        }
+        // Its background process lives in the sandbox's pid namespace: nobody but the shim ends it.
+        first.kill("app", "", libc::SIGKILL, false).await.unwrap();
+        assert_eq!(first.wait("app", "").await.unwrap(), 137);
+        assert!(stdout.text().await.starts_with("net:["));
+        first.delete("app", "").await.unwrap();
+        assert_eq!(first.status("sandbox").await, Status::RUNNING);
+        let again = first
+            .call::<_, api::Empty>("Shutdown", &api::ShutdownRequest::default())
+            .await;
+        again.unwrap();
+        assert_eq!(first.status("sandbox").await, Status::RUNNING);
+        first.end("sandbox").await;
+        first.shutdown().await;
+    });
+}
+
+#[test]
+fn a_user_namespace_maps_root_to_nobody_special() {
+    each_backend(async |daemon, backend| {
+        let (pod, mut a) = pod(
+            daemon,
+            backend,
+            &shell("cat /proc/self/uid_map; touch /tmp/mine; sleep 1000"),
+        )
+        .await;
+        let ids = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        a.spec["linux"]["uidMappings"] = ids.clone();
+        a.spec["linux"]["gidMappings"] = ids;
+        a.spec["linux"]["namespaces"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!({"type": "user"}));
+        let io = Io::fifos(&a.path, "init");
+        let mut stdout = fs::OpenOptions::new().read(true).write(true).open(&io.stdout).unwrap();
+        let pid = pod.run(&a, &io).await;
+        let mut line = [0; 64];
+        let read = tokio::task::spawn_blocking(move || {
+            std::io::Read::read(&mut stdout, &mut line).map(|n| line[..n].to_vec())
+        });
+        let line = String::from_utf8(read.await.unwrap().unwrap()).unwrap();
+        assert_eq!(line.split_whitespace().collect::<Vec<_>>(), ["0", "100000", "65536"]);
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        assert!(status.contains("Uid:\t100000\t"), "{status}");
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_read_only_root_and_a_hundred_and_twenty_layers() {
+    each_backend(async |daemon, backend| {
+        let (pod, mut a) = pod(
+            daemon,
+            backend,
+            &shell("cat /layer-1 /layer-120; touch /nope && exit 1; exit 0"),
+        )
+        .await;
+        let mut layers = Vec::new();
+        for n in (1..=120).rev() {
+            let layer = daemon.folder.join(format!("a-layer-with-a-rather-long-name-{n}"));
+            fs::create_dir(&layer).unwrap();
+            fs::write(layer.join(format!("layer-{n}")), format!("{n}\n")).unwrap();
+            layers.push(layer.display().to_string());
+        }
+        layers.push(support::pod::busybox().display().to_string());
+        a.rootfs[0].options[0] = format!("lowerdir={}", layers.join(":"));
+        a.spec["root"]["readonly"] = true.into();
+        let io = Io::fifos(&a.path, "init");
+        let stdout = io.read_stdout();
+        pod.run(&a, &io).await;
+        assert_eq!(pod.wait("a", "").await.unwrap(), 0);
+        assert_eq!(stdout.text().await, "1\n120\n");
+        pod.delete("a", "").await.unwrap();
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn hooks_run_at_their_moments_with_the_state_on_stdin() {
+    each_backend(async |daemon, backend| {
+        let (pod, mut a) = pod(daemon, backend, &["true"]).await;
+        let hook = |name: &str| {
+            let to = a.path.join(name);
+            json!([{"path": "/bin/sh", "args": ["sh", "-c", format!("cat >{}", to.display())]}])
+        };
+        a.spec["hooks"] =
+            json!({"createRuntime": hook("created"), "poststart": hook("started"), "poststop": hook("stopped")});
+        pod.create(&a, &Io::none()).await.unwrap();
+        let state: serde_json::Value = serde_json::from_slice(&fs::read(a.path.join("created")).unwrap()).unwrap();
+        assert_eq!(state["id"], "a");
+        pod.start_process("a", "").await.unwrap();
+        assert!(a.path.join("started").exists());
+        pod.wait("a", "").await.unwrap();
+        assert!(!a.path.join("stopped").exists());
+        pod.delete("a", "").await.unwrap();
+        assert!(a.path.join("stopped").exists());
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_program_gets_no_descriptor_beyond_its_stdio() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &shell("ls /proc/self/fd; sleep 1000")).await;
+        let io = Io::fifos(&a.path, "init");
+        let mut stdout = fs::OpenOptions::new().read(true).write(true).open(&io.stdout).unwrap();
+        pod.run(&a, &io).await;
+        let mut bytes = [0; 64];
+        let read = tokio::task::spawn_blocking(move || {
+            std::io::Read::read(&mut stdout, &mut bytes).map(|n| bytes[..n].to_vec())
+        });
+        // 3 is the folder that ls reads.
+        assert_eq!(String::from_utf8(read.await.unwrap().unwrap()).unwrap(), "0\n1\n2\n3\n");
+        let io = Io::fifos(&a.path, "e1");
+        let stdout = io.read_stdout();
+        pod.exec("a", "e1", &process(&["ls", "/proc/self/fd"]), &io)
+            .await
+            .unwrap();
+        pod.start_process("a", "e1").await.unwrap();
+        assert_eq!(stdout.text().await, "0\n1\n2\n3\n");
+        pod.wait("a", "e1").await.unwrap();
+        pod.delete("a", "e1").await.unwrap();
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+// ---- bad input ---------------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn bad_requests_are_refused_by_name_and_leave_nothing() {
+    each_backend(async |daemon, backend| {
+        let (mut pod, a) = pod(daemon, backend, &FOREVER).await;
+        let good = pod.options.clone();
+        for id in ["..", "a/b", "../a", "/a", ""] {
+            let mut request = pod.create_request(&a, &Io::none());
+            request.id = id.into();
+            let answer = pod.call::<_, api::CreateTaskResponse>("Create", &request).await;
+            refused(answer, Code::INVALID_ARGUMENT, "task id");
+        }
+        for known in ["lxc", "proxmox-lxc", "proxmox-vm"] {
+            if !BACKENDS.contains(&known) {
+                pod.options = Some(options(&format!("backend = \"{known}\"")));
+                refused(pod.create(&a, &Io::none()).await, Code::UNIMPLEMENTED, known);
+            }
+        }
+        pod.options = Some(options("backend = \"docker\""));
+        refused(pod.create(&a, &Io::none()).await, Code::INVALID_ARGUMENT, "docker");
+        pod.options = Some(options("no_such_key = 1"));
+        refused(pod.create(&a, &Io::none()).await, Code::INVALID_ARGUMENT, "no_such_key");
+        pod.options = Some(options("not toml at all"));
+        refused(pod.create(&a, &Io::none()).await, Code::INVALID_ARGUMENT, "");
+        pod.options = Some(Any {
+            type_url: "example.com/Unknown".into(),
+            value: vec![1, 2, 3],
+            ..Any::default()
+        });
+        refused(
+            pod.create(&a, &Io::none()).await,
+            Code::INVALID_ARGUMENT,
+            "example.com/Unknown",
+        );
+        pod.options = good;
+        fs::write(&daemon.config_file, "[options]\nno_such_key = 1\n").unwrap();
+        refused(pod.create(&a, &Io::none()).await, Code::INVALID_ARGUMENT, "no_such_key");
+        fs::write(&daemon.config_file, "").unwrap();
+        let annotated = a.clone().annotate("io.proxmox-lxcri.no-such-key", "1");
+        refused(
+            pod.create(&annotated, &Io::none()).await,
+            Code::INVALID_ARGUMENT,
+            "no-such-key",
+        );
+        let hostile = a.clone().annotate("io.proxmox-lxcri.crun_binary", "/tmp/evil");
+        refused(
+            pod.create(&hostile, &Io::none()).await,
+            Code::INVALID_ARGUMENT,
+            "crun_binary",
+        );
+        a.write();
+        let request = pod.create_request(&a, &Io::none());
+        fs::write(a.path.join("config.json"), "{").unwrap();
+        let answer = pod.call::<_, api::CreateTaskResponse>("Create", &request).await;
+        refused(answer, Code::INVALID_ARGUMENT, "config.json");
+        fs::remove_file(a.path.join("config.json")).unwrap();
+        let answer = pod.call::<_, api::CreateTaskResponse>("Create", &request).await;
+        refused(answer, Code::INVALID_ARGUMENT, "config.json");
+        let mut io = Io::none();
+        io.stdout = a.path.join("no-fifo").display().to_string();
+        let refusal = pod.create(&a, &io).await.unwrap_err().text;
+        assert!(refusal.contains("no-fifo"), "{refusal}");
+        io.stdout = "gopher://x".into();
+        refused(pod.create(&a, &io).await, Code::INVALID_ARGUMENT, "gopher");
+        // And now it works: nothing of all this was left in its way.
+        pod.run(&a, &Io::none()).await;
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_mount_that_fails_half_way_is_undone() {
+    each_backend(async |daemon, backend| {
+        let (pod, mut a) = pod(daemon, backend, &FOREVER).await;
+        a.rootfs.push(mount("no-such-file-system", "none", &["secret=1"]));
+        let refusal = pod.create(&a, &Io::none()).await.unwrap_err().text;
+        assert!(refusal.contains("no-such-file-system"), "{refusal}");
+        assert!(!support::pod::is_mounted(&a.path.join("rootfs")));
+        a.rootfs.pop();
+        a.rootfs[0].options[0] = "lowerdir=/nonexistent".into();
+        assert!(pod.create(&a, &Io::none()).await.is_err());
+        assert!(!support::pod::is_mounted(&a.path.join("rootfs")));
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_missing_rootfs_is_an_error() {
+    each_backend(async |daemon, backend| {
+        let (pod, mut a) = pod(daemon, backend, &FOREVER).await;
+        a.rootfs.clear();
+        a.spec["root"]["path"] = "/nonexistent/rootfs".into();
+        let refusal = pod.create(&a, &Io::none()).await.unwrap_err().text;
+        assert!(refusal.contains("OCI runtime create failed"), "{refusal}");
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_checkpoint_works_or_says_what_is_missing() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &FOREVER).await;
+        pod.run(&a, &Io::none()).await;
+        let request = api::CheckpointTaskRequest {
+            id: "a".into(),
+            path: a.path.join("images").display().to_string(),
+            ..Default::default()
+        };
+        let answer = pod.call::<_, api::Empty>("Checkpoint", &request).await;
+        match support::pod::crun_has_criu() {
+            true => drop(answer.unwrap()),
+            false => refused(answer, Code::UNIMPLEMENTED, "CRIU"),
+        }
+        assert_eq!(pod.status("a").await, Status::RUNNING);
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+// ---- the shim itself ---------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn existing_runc_options_keep_working() {
+    each_backend(async |daemon, backend| {
+        if backend != "crun" {
+            return;
+        }
+        let (mut pod, a) = pod(daemon, backend, &FOREVER).await;
+        let mut runc = containerd_shim_protos::shim::oci::Options::new();
+        runc.binary_name = "crun".into();
+        runc.root = daemon.folder.join("state").display().to_string();
+        pod.options = Some(Any {
+            type_url: "containerd.runc.v1.Options".into(),
+            value: runc.write_to_bytes().unwrap(),
+            ..Any::default()
+        });
+        pod.run(&a, &Io::none()).await;
+        assert!(daemon.folder.join("state/contract/a").exists());
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn three_hundred_lifecycles_leave_nothing_in_the_shim() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &shell("echo out")).await;
+        pod.run(&a, &Io::none()).await;
+        pod.wait("a", "").await.unwrap();
+        pod.delete("a", "").await.unwrap();
+        let before = support::leaks::open_descriptors(pod.pid);
+        for n in 0..300 {
+            let bundle = daemon.bundle(&format!("c{n}"), &shell("echo out"));
+            let io = Io::fifos(&bundle.path, "init");
+            let stdout = io.read_stdout();
+            pod.run(&bundle, &io).await;
+            pod.wait(&bundle.id, "").await.unwrap();
+            pod.delete(&bundle.id, "").await.unwrap();
+            assert_eq!(stdout.text().await, "out\n");
+            fs::remove_dir_all(&bundle.path).unwrap();
+        }
+        assert_eq!(support::leaks::open_descriptors(pod.pid), before);
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn twenty_containers_at_once() {
+    each_backend(async |daemon, backend| {
+        let (shim, _) = pod(daemon, backend, &FOREVER).await;
+        let pod = &shim;
+        let all = (0..20).map(|n| {
+            let bundle = daemon.bundle(&format!("c{n}"), &shell(&format!("echo {n}; exit {n}")));
+            async move {
+                let io = Io::fifos(&bundle.path, "init");
+                let stdout = io.read_stdout();
+                pod.run(&bundle, &io).await;
+                assert_eq!(pod.wait(&bundle.id, "").await.unwrap(), n);
+                assert_eq!(stdout.text().await, format!("{n}\n"));
+                pod.delete(&bundle.id, "").await.unwrap();
+            }
+        });
+        support::pod::together(all).await;
+        shim.shutdown().await;
+    });
+}
+
+#[test]
+fn events_wait_for_a_daemon_that_is_away_and_arrive_once_and_in_order() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &shell("exit 5")).await;
+        pod.create(&a, &Io::none()).await.unwrap();
+        daemon.hears("create a").await;
+        daemon.vanish().await;
+        pod.start_process("a", "").await.unwrap();
+        pod.wait("a", "").await.unwrap();
+        pod.delete("a", "").await.unwrap();
+        assert_eq!(daemon.told(), ["create a"]);
+        daemon.listen().await;
+        assert_eq!(
+            daemon.hears("delete a 5").await,
+            ["create a", "start a", "exit a 5", "delete a 5"]
+        );
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_client_deadline_in_the_middle_of_a_call_never_leaves_half_a_container() {
+    each_backend(async |daemon, backend| {
+        // Hooks hold the calls for as long as the test likes.
+        let (pod, mut a) = pod(daemon, backend, &FOREVER).await;
+        let gate = |name: &str| {
+            let path = a.path.join(name);
+            nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+            json!([{"path": "/bin/cat", "args": ["cat", path]}])
+        };
+        a.spec["hooks"] =
+            json!({"createRuntime": gate("creating"), "poststart": gate("starting"), "poststop": gate("stopping")});
+        let open = async |name: &str| {
+            let path = a.path.join(name);
+            let opened = tokio::task::spawn_blocking(move || fs::OpenOptions::new().write(true).open(path).map(drop));
+            tokio::time::timeout(BOUND, opened).await.unwrap().unwrap().unwrap();
+        };
+        let request = pod.create_request(&a, &Io::none());
+        let short = Duration::from_millis(200);
+        let answer = pod
+            .call_bounded::<_, api::CreateTaskResponse>("Create", &request, short)
+            .await;
+        assert!(answer.is_err());
+        open("creating").await;
+        daemon.hears("create a").await;
+        assert_eq!(pod.status("a").await, Status::CREATED);
+        let start = api::StartRequest {
+            id: "a".into(),
+            ..Default::default()
+        };
+        let answer = pod.call_bounded::<_, api::StartResponse>("Start", &start, short).await;
+        assert!(answer.is_err());
+        open("starting").await;
+        daemon.hears("start a").await;
+        assert_eq!(pod.status("a").await, Status::RUNNING);
+        pod.kill("a", "", libc::SIGKILL, false).await.unwrap();
+        pod.wait("a", "").await.unwrap();
+        let delete = api::DeleteRequest {
+            id: "a".into(),
+            ..Default::default()
+        };
+        let answer = pod
+            .call_bounded::<_, api::DeleteResponse>("Delete", &delete, short)
+            .await;
+        assert!(answer.is_err());
+        open("stopping").await;
+        daemon.hears("delete a 137").await;
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_shim_that_lost_its_last_task_goes_and_takes_its_socket_along() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &["true"]).await;
+        let socket = pod.address.trim_start_matches("unix://").to_owned();
+        assert!(Path::new(&socket).exists());
+        pod.run(&a, &Io::none()).await;
+        pod.wait("a", "").await.unwrap();
+        pod.delete("a", "").await.unwrap();
+        pod.shutdown().await;
+        assert!(!Path::new(&socket).exists());
+        // The next start is another shim.
+        let b = daemon.bundle("b", &["true"]);
+        let start = Start {
+            service: "containerd.task.v3.Task",
+            ..Start::default()
+        };
+        let pod = Pod::start_with(daemon, &b, &start).await;
+        pod.run(&b, &Io::none()).await;
+        pod.wait("b", "").await.unwrap();
+        pod.delete("b", "").await.unwrap();
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn an_attached_reader_sees_the_end_as_soon_as_the_program_has_ended() {
+    each_backend(async |daemon, backend| {
+        let (pod, a) = pod(daemon, backend, &shell("echo hello")).await;
+        let io = Io::fifos(&a.path, "init");
+        let stdout = Reading::of(&io.stdout);
+        pod.run(&a, &io).await;
+        // No Delete before the end of the output: ctr waits for it.
+        assert_eq!(stdout.text().await, "hello\n");
+        pod.wait("a", "").await.unwrap();
+        pod.delete("a", "").await.unwrap();
+        pod.shutdown().await;
+    });
+}

@@ -1,0 +1,161 @@
+//! What is there before and after: processes, mounts, cgroups, sockets, fifos, files, network namespaces.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use super::universe;
+
+/// How long leftovers may take to go by themselves: containerd removes snapshots' mounts and reaps shims in the background.
+const SETTLE: Duration = Duration::from_secs(15);
+
+/// Everything in the universe that a container could leave behind, at one moment.
+#[derive(Debug)]
+pub(crate) struct Baseline {
+    found: BTreeSet<String>,
+    ignored: Vec<PathBuf>,
+}
+
+impl Baseline {
+    /// Takes stock. Files below the folders `ignored` do not count (containerd's content store, database and snapshots, which are
+    /// collected when its garbage collector likes to).
+    pub(crate) fn take(ignored: &[PathBuf]) -> Self {
+        Self {
+            found: stock(ignored),
+            ignored: ignored.to_vec(),
+        }
+    }
+
+    /// What is there now and was not before.
+    pub(crate) fn leftovers(&self) -> Vec<String> {
+        stock(&self.ignored).difference(&self.found).cloned().collect()
+    }
+
+    /// Waits, bounded, until nothing is left that was not there before and does not begin with one of `tolerated`.
+    ///
+    /// # Panics
+    /// Naming each leftover.
+    pub(crate) fn assert_nothing_left(&self, tolerated: &[String]) {
+        let end = Instant::now() + SETTLE;
+        loop {
+            let mut left = self.leftovers();
+            left.retain(|thing| !tolerated.iter().any(|prefix| thing.starts_with(prefix)));
+            if left.is_empty() {
+                return;
+            }
+            if Instant::now() > end {
+                panic!("left behind:\n  {}", left.join("\n  "));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+fn stock(ignored: &[PathBuf]) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for process in processes() {
+        // The daemon itself may be another one now: tests restart it.
+        if process.command.starts_with("containerd --config") {
+            continue;
+        }
+        found.insert(format!("process {} {}", process.pid, process.command));
+    }
+    for line in read("/proc/self/mountinfo").lines() {
+        let mut fields = line.split(' ');
+        let target = fields.nth(4).unwrap_or_default();
+        let kind = line.split(" - ").nth(1).unwrap_or_default();
+        found.insert(format!("mount {target} ({kind})"));
+    }
+    for cgroup in universe::cgroups_named(&universe::token()) {
+        found.insert(format!("cgroup {}", cgroup.display()));
+    }
+    for folder in ["/run", "/var/lib/cni"] {
+        files(Path::new(folder), ignored, &mut found);
+    }
+    found
+}
+
+fn files(folder: &Path, ignored: &[PathBuf], found: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if ignored.contains(&path) {
+            continue;
+        }
+        let Ok(kind) = entry.file_type() else { continue };
+        let name = match kind {
+            kind if kind.is_socket() => "socket",
+            kind if kind.is_fifo() => "fifo",
+            kind if kind.is_dir() => "folder",
+            _ => "file",
+        };
+        found.insert(format!("{name} {}", path.display()));
+        if kind.is_dir() {
+            files(&path, ignored, found);
+        }
+    }
+}
+
+/// A process of the universe.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Process {
+    pub(crate) pid: u32,
+    pub(crate) parent: u32,
+    /// Arguments joined by blanks, or the name in brackets when there are none.
+    pub(crate) command: String,
+}
+
+/// Every process of the universe (all of them were started by the tests).
+pub(crate) fn processes() -> Vec<Process> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        // stat: "pid (name) state ppid …"; the name may hold blanks and brackets.
+        let stat = read(entry.path().join("stat"));
+        let Some((head, tail)) = stat.rsplit_once(')') else {
+            continue;
+        };
+        let parent = tail.split_whitespace().nth(1).and_then(|p| p.parse().ok()).unwrap_or(0);
+        let arguments = read(entry.path().join("cmdline")).replace('\0', " ");
+        let command = if arguments.is_empty() {
+            let state = tail.split_whitespace().next().unwrap_or_default();
+            format!("[{} {state}]", head.split_once('(').map_or("", |(_, name)| name))
+        } else {
+            arguments.trim_end().to_string()
+        };
+        all.push(Process { pid, parent, command });
+    }
+    all
+}
+
+/// The shims of `runtime` (such as `io.containerd.runc.v2`) that run in the universe.
+pub(crate) fn shims(runtime: &str) -> Vec<Process> {
+    let program = shim_program(runtime);
+    let mut shims = processes();
+    shims.retain(|process| {
+        let name = process.command.split(' ').next().unwrap_or_default();
+        name.rsplit('/').next() == Some(&program)
+    });
+    shims
+}
+
+/// The program that containerd runs for a runtime type: `io.containerd.runc.v2` → `containerd-shim-runc-v2`.
+pub(crate) fn shim_program(runtime: &str) -> String {
+    let mut parts = runtime.rsplit('.');
+    let (version, name) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+    format!("containerd-shim-{name}-{version}")
+}
+
+/// The number of descriptors that a process has open.
+pub(crate) fn open_descriptors(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, |entries| entries.count())
+}
+
+fn read(path: impl AsRef<Path>) -> String {
+    fs::read(path).map_or_else(|_| String::new(), |bytes| String::from_utf8_lossy(&bytes).into_owned())
+}

@@ -1,0 +1,51 @@
+//! The tests' harness: a private containerd in a private universe, images made on the spot, and a check that nothing is left behind.
+//!
+//! ```text
+//! universe   namespaces of the test process, entered before main; see there for what is private
+//! node       the daemon: configuration, start, crash, restart; ctr; the clients
+//! image      OCI images from busybox
+//! task       a container through containerd's API: fifos, create, start, exec, wait, delete
+//! events     what containerd says that happened
+//! leaks      before and after
+//! skip       skips that nobody can overlook
+//! cri        a pod and its containers through CRI
+//! websocket  CRI's exec and attach streams
+//! ```
+//!
+//! A test is `node(async |node| { … })`. The tests of a process run one after the other, each on the same daemon; after each of them
+//! nothing may be there that was not there before. `LXCRI_TEST_RUNTIME=io.containerd.runc.v2` validates the suite on another
+//! runtime; see [`node::Runtime`].
+
+#![allow(dead_code, reason = "each test file uses another part of the harness")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stderr,
+    reason = "a harness fails by panicking, and speaks to a person"
+)]
+
+pub(crate) mod events;
+pub(crate) mod image;
+pub(crate) mod leaks;
+pub(crate) mod node;
+pub(crate) mod skip;
+pub(crate) mod task;
+pub(crate) mod universe;
+
+#[allow(unused_imports, reason = "each test file uses another part of the harness")]
+pub(crate) use node::{Node, until};
+
+/// Runs a test on a node with containerd alone; see [`node::run`].
+pub(crate) fn node<F: AsyncFnOnce(&Node)>(test: F) {
+    node::run(&name_of(&test), false, test);
+}
+
+/// Runs a test on a node whose containerd serves CRI too; see [`node::run`].
+pub(crate) fn cri_node<F: AsyncFnOnce(&Node)>(test: F) {
+    node::run(&name_of(&test), true, test);
+}
+
+/// `file::test`, from the type of the test's closure: libtest's thread names are not there when it runs one thread.
+fn name_of<F>(_: &F) -> String {
+    std::any::type_name::<F>().trim_end_matches("::{{closure}}").to_string()
+}

@@ -1,0 +1,645 @@
+//! A private containerd, and what a test asks of it.
+
+use std::{
+    fs::{self, File},
+    io::{Read, Write},
+    os::unix::process::{CommandExt, ExitStatusExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use containerd_client::{
+    Client,
+    services::v1::{
+        containers_client::ContainersClient, events_client::EventsClient, snapshots::snapshots_client::SnapshotsClient,
+        tasks_client::TasksClient,
+    },
+    tonic::{
+        Code, Request, Status,
+        metadata::MetadataValue,
+        transport::Channel,
+    },
+};
+use prost_types::Any;
+
+use super::{
+    image::{self, Image},
+    leaks::{self, Baseline},
+    universe,
+};
+
+/// Bound of one RPC; the machine may be busy.
+pub(crate) const RPC: Duration = Duration::from_secs(60);
+/// Bound of a wait for something that must happen.
+pub(crate) const SOON: Duration = Duration::from_secs(30);
+/// Everything of the node lives here: short, because a unix socket's path has at most 108 bytes.
+const FOLDER: &str = "/run/node";
+
+/// The runtime under test: ours, or another one that validates the suite.
+///
+/// `LXCRI_TEST_RUNTIME=io.containerd.runc.v2` runs the suite on containerd's own shim, with the OCI runtime that `LXCRI_TEST_OCI`
+/// names (runc when unset).
+#[derive(Debug, Clone)]
+pub(crate) struct Runtime {
+    /// Such as `io.containerd.proxmox-lxcri.v1`.
+    pub(crate) name: String,
+    /// `BinaryName` for a runtime that is not ours.
+    pub(crate) oci: Option<String>,
+}
+
+/// Our runtime type.
+pub(crate) const OURS: &str = "io.containerd.proxmox-lxcri.v1";
+
+impl Runtime {
+    fn from_environment() -> Self {
+        let set = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+        Self {
+            name: set("LXCRI_TEST_RUNTIME").unwrap_or_else(|| OURS.into()),
+            oci: set("LXCRI_TEST_OCI"),
+        }
+    }
+
+    /// Whether it is ours.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.name == OURS
+    }
+
+    /// The options that every container is created with: none for ours.
+    pub(crate) fn options(&self) -> Option<Any> {
+        let oci = self.oci.as_ref().filter(|_| !self.is_ours())?;
+        let options = RuncOptions {
+            binary_name: oci.clone(),
+            ..RuncOptions::default()
+        };
+        Some(Any {
+            type_url: "containerd.runc.v1.Options".into(),
+            value: prost::Message::encode_to_vec(&options),
+        })
+    }
+
+    /// The OCI runtime behind it.
+    pub(crate) fn program(&self) -> &str {
+        match &self.oci {
+            Some(oci) => oci,
+            None if self.is_ours() => "crun",
+            None => "runc",
+        }
+    }
+}
+
+/// The fields of `containerd.runc.v1.Options` that are set here.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct RuncOptions {
+    /// The OCI runtime's program.
+    #[prost(string, tag = "6")]
+    pub(crate) binary_name: String,
+    /// The folder of its state.
+    #[prost(string, tag = "7")]
+    pub(crate) root: String,
+}
+
+/// The daemon's process and files. They live as long as the test process, or until a test fails.
+#[derive(Debug)]
+struct Daemon {
+    process: Child,
+    images: Images,
+}
+
+/// The images that the node knows.
+#[derive(Debug, Clone)]
+pub(crate) struct Images {
+    /// [`image::BUSYBOX`].
+    pub(crate) busybox: Image,
+    /// [`image::PAUSE`].
+    pub(crate) pause: Image,
+}
+
+/// A containerd of the test's own, with the means to ask it and to notice what it leaves behind.
+pub(crate) struct Node {
+    /// The test's name, `file::test`.
+    pub(crate) test: String,
+    /// The runtime under test.
+    pub(crate) runtime: Runtime,
+    /// containerd's namespace for this process's containers; part of every cgroup path.
+    pub(crate) namespace: String,
+    /// What was imported.
+    pub(crate) images: Images,
+    channel: Channel,
+    cri: bool,
+    tolerated: Mutex<Vec<String>>,
+}
+
+/// One test at a time: what a test leaves behind is then its own.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+static DAEMON: Mutex<Option<Daemon>> = Mutex::new(None);
+
+/// Runs `test` on a node, on a tokio runtime of its own, for at most three minutes; then asserts that nothing was left behind.
+///
+/// The daemon is shared by the tests of a process. After a failure its log is kept (the path and the log's end are printed), and
+/// everything that runs in the universe is killed, so that the next test begins on a fresh node.
+///
+/// # Panics
+/// When the test does, or leaves something behind.
+pub(crate) fn run(name: &str, cri: bool, test: impl AsyncFnOnce(&Node)) {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("a tokio runtime");
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let (baseline, tolerated) = runtime.block_on(async {
+            let node = Node::open(name, cri).await;
+            let baseline = Baseline::take(&not_ours());
+            tokio::time::timeout(Duration::from_secs(180), test(&node))
+                .await
+                .unwrap_or_else(|_| panic!("{name} took more than three minutes"));
+            (baseline, node.tolerated.into_inner().unwrap())
+        });
+        baseline.assert_nothing_left(&tolerated);
+    }));
+    runtime.shutdown_background();
+    if let Err(panic) = result {
+        keep_log(name);
+        tear_down();
+        std::panic::resume_unwind(panic);
+    }
+}
+
+impl Node {
+    /// Starts the daemon if it does not run, and connects to it.
+    async fn open(test: &str, cri: bool) -> Self {
+        let known = daemon().as_ref().map(|daemon| daemon.images.clone());
+        let is_new = known.is_none();
+        let images = match known {
+            Some(images) => images,
+            None => {
+                let images = prepare(cri).unwrap_or_else(|e| panic!("cannot prepare {FOLDER}: {e}"));
+                *daemon() = Some(Daemon {
+                    process: spawn_containerd(),
+                    images: images.clone(),
+                });
+                images
+            }
+        };
+        let node = Self {
+            test: test.into(),
+            runtime: Runtime::from_environment(),
+            namespace: universe::token(),
+            images,
+            channel: connect().await,
+            cri,
+            tolerated: Mutex::default(),
+        };
+        node.import(&node.images.busybox, image::BUSYBOX).await;
+        node.import(&node.images.pause, image::PAUSE).await;
+        if is_new {
+            // The first container of a namespace makes folders and cgroups that stay for the next one. Whether it runs is not the
+            // question here; a test will ask it.
+            node.ctr_run(&["--rm"], &format!("first-{}", node.namespace), &["true"]).await;
+        }
+        node
+    }
+
+    /// A folder of the test's own on the node's file system; the caller removes it.
+    pub(crate) fn folder(&self, name: &str) -> PathBuf {
+        let folder = Path::new(FOLDER).join("work").join(name);
+        fs::create_dir_all(&folder).expect("a folder on the node's tmpfs");
+        folder
+    }
+
+    /// Path of containerd's gRPC socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        socket()
+    }
+
+    /// A container's bundle.
+    pub(crate) fn bundle(&self, id: &str) -> PathBuf {
+        let tasks = Path::new(FOLDER).join("state/io.containerd.runtime.v2.task");
+        tasks.join(if self.cri { "k8s.io" } else { &self.namespace }).join(id)
+    }
+
+    /// `message` as a request in the test's namespace, with a deadline.
+    pub(crate) fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        let namespace = if self.cri { "k8s.io" } else { &self.namespace };
+        let namespace = MetadataValue::try_from(namespace).expect("an ASCII namespace");
+        request.metadata_mut().insert("containerd-namespace", namespace);
+        request.set_timeout(RPC);
+        request
+    }
+
+    /// The connection to containerd; it reconnects by itself.
+    pub(crate) fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
+    /// containerd's task service.
+    pub(crate) fn tasks(&self) -> TasksClient<Channel> {
+        Client::from(self.channel()).tasks()
+    }
+
+    /// containerd's container store.
+    pub(crate) fn containers(&self) -> ContainersClient<Channel> {
+        Client::from(self.channel()).containers()
+    }
+
+    /// containerd's events.
+    pub(crate) fn events(&self) -> EventsClient<Channel> {
+        Client::from(self.channel()).events()
+    }
+
+    /// The snapshots.
+    pub(crate) fn snapshots(&self) -> SnapshotsClient<Channel> {
+        SnapshotsClient::new(self.channel())
+    }
+
+    /// Kills containerd with SIGKILL, as a crash or an upgrade would, and waits for its end.
+    pub(crate) fn kill_containerd(&self) {
+        if let Some(daemon) = daemon().as_mut() {
+            daemon.process.kill().expect("kill containerd");
+            daemon.process.wait().expect("reap containerd");
+        }
+    }
+
+    /// Starts containerd again, on the same state, and waits until it answers.
+    pub(crate) async fn start_containerd(&self) {
+        if let Some(daemon) = daemon().as_mut() {
+            daemon.process = spawn_containerd();
+        }
+        drop(connect().await);
+        // The test's own channel notices the loss with its next request, which may fail for that reason.
+        until("the channel works again", async || {
+            let version = Client::from(self.channel()).version().version(()).await;
+            version.is_ok().then_some(())
+        })
+        .await;
+    }
+
+    /// The daemon's log so far.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(log()).unwrap_or_default()
+    }
+
+    /// Runs `ctr` in the test's namespace.
+    pub(crate) async fn ctr(&self, arguments: &[&str]) -> Finished {
+        self.ctr_fed(arguments, b"").await
+    }
+
+    /// Runs `ctr` with `stdin`.
+    pub(crate) async fn ctr_fed(&self, arguments: &[&str], stdin: &[u8]) -> Finished {
+        finish(self.ctr_command(arguments), stdin).await
+    }
+
+    /// The command line of `ctr` in the test's namespace.
+    pub(crate) fn ctr_command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("ctr");
+        command.arg("--address").arg(socket()).args(["--namespace", if self.cri { "k8s.io" } else { &self.namespace }]);
+        command.args(arguments);
+        command
+    }
+
+    /// The arguments of `ctr run` that choose the runtime under test.
+    pub(crate) fn ctr_runtime(&self) -> Vec<&str> {
+        let mut arguments = vec!["--runtime", &self.runtime.name];
+        if let Some(oci) = &self.runtime.oci {
+            arguments.extend(["--runc-binary", oci]);
+        }
+        arguments
+    }
+
+    /// `ctr run <flags> <the tests' image> <id> <command>` with the runtime under test.
+    pub(crate) async fn ctr_run(&self, flags: &[&str], id: &str, command: &[&str]) -> Finished {
+        let mut arguments = vec!["run"];
+        arguments.extend(self.ctr_runtime());
+        arguments.extend(flags);
+        arguments.extend([image::BUSYBOX, id]);
+        arguments.extend(command);
+        self.ctr(&arguments).await
+    }
+
+    /// Imports an image, under the name that its archive holds, unless it is there.
+    pub(crate) async fn import(&self, image: &Image, name: &str) {
+        let list = self.ctr(&["images", "list", "--quiet"]).await;
+        if list.stdout.lines().any(|line| line == name) {
+            return;
+        }
+        let archive = image.archive.to_str().expect("an UTF-8 path");
+        self.ctr(&["images", "import", archive]).await.assert_ok();
+    }
+
+    /// Says that the test cannot run because of `missing`; the test returns after it. See [`super::skip::skip`].
+    pub(crate) fn skip(&self, missing: &str) {
+        super::skip::skip(&self.test, missing);
+    }
+
+    /// False, with a skip that says so, when the suite is being validated on a runtime that lacks what the test asks of ours.
+    pub(crate) fn is_for_ours(&self, what: &str) -> bool {
+        if !self.runtime.is_ours() {
+            self.skip(&format!("{} {what}", self.runtime.name));
+        }
+        self.runtime.is_ours()
+    }
+
+    /// Tolerates leftovers that begin with `prefix`, when the suite is being validated on a runtime that leaves them. Ours may not.
+    pub(crate) fn others_may_leave(&self, prefix: &str) {
+        if !self.runtime.is_ours() {
+            self.tolerated.lock().unwrap().push(prefix.into());
+        }
+    }
+
+    /// Asserts an error's code. Go's shim answers Unknown to some calls that it refuses; a runtime that is not ours may do so.
+    pub(crate) fn assert_code(&self, error: &Status, code: Code) {
+        let accepted = error.code() == code || (!self.runtime.is_ours() && error.code() == Code::Unknown);
+        assert!(accepted, "not {code:?}: {error:?}");
+    }
+
+    /// The shims of the runtime under test.
+    pub(crate) fn shims(&self) -> Vec<leaks::Process> {
+        leaks::shims(&self.runtime.name)
+    }
+}
+
+/// What a finished program said.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    /// Exit status, or 128 + signal.
+    pub(crate) status: i32,
+    /// All of it.
+    pub(crate) stdout: String,
+    /// All of it.
+    pub(crate) stderr: String,
+    /// The command line, for messages.
+    pub(crate) command: String,
+}
+
+impl Finished {
+    /// # Panics
+    /// With both outputs when the status is not 0.
+    pub(crate) fn assert_ok(&self) -> &Self {
+        self.assert_status(0)
+    }
+
+    /// # Panics
+    /// With both outputs when the status is another.
+    pub(crate) fn assert_status(&self, status: i32) -> &Self {
+        assert_eq!(self.status, status, "{}\n{}{}", self.command, self.stdout, self.stderr);
+        self
+    }
+
+    /// # Panics
+    /// When it succeeded, or its stderr lacks `text`.
+    pub(crate) fn assert_fails_with(&self, text: &str) -> &Self {
+        assert_ne!(self.status, 0, "{} succeeded\n{}", self.command, self.stdout);
+        assert!(
+            self.stderr.contains(text),
+            "{}: no {text:?} in {}",
+            self.command,
+            self.stderr
+        );
+        self
+    }
+}
+
+/// Runs a program to its end, with a bound.
+pub(crate) async fn finish(mut command: Command, stdin: &[u8]) -> Finished {
+    let line = format!("{command:?}").replace('"', "");
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|e| panic!("cannot run {line}: {e}"));
+    let (pid, mut feed) = (child.id(), child.stdin.take());
+    let stdin = stdin.to_vec();
+    std::thread::spawn(move || {
+        if let Some(feed) = &mut feed {
+            // A program that ends early does not read everything.
+            let _ = feed.write_all(&stdin);
+        }
+    });
+    let ended = tokio::task::spawn_blocking(move || child.wait_with_output());
+    let output = match tokio::time::timeout(RPC, ended).await {
+        Ok(output) => output.expect("no panic").expect("wait"),
+        Err(_) => {
+            // SAFETY: the child was not reaped, so the number is its own.
+            unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+            panic!("{line} did not end within {RPC:?}");
+        }
+    };
+    let status = output.status.code().unwrap_or_else(|| 128 + output.status.signal().unwrap_or(0));
+    Finished {
+        status,
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        command: line,
+    }
+}
+
+/// Waits, bounded by [`SOON`], until `condition` gives a value.
+///
+/// # Panics
+/// Naming `what` when it does not.
+pub(crate) async fn until<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
+    let end = Instant::now() + SOON;
+    loop {
+        if let Some(value) = condition().await {
+            return value;
+        }
+        assert!(Instant::now() < end, "not within {SOON:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn daemon() -> std::sync::MutexGuard<'static, Option<Daemon>> {
+    DAEMON.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+fn socket() -> PathBuf {
+    Path::new(FOLDER).join("c.sock")
+}
+
+fn log() -> PathBuf {
+    Path::new(FOLDER).join("containerd.log")
+}
+
+/// What containerd and the tests fill and collect as they like.
+fn not_ours() -> Vec<PathBuf> {
+    let mut folders = vec![log()];
+    let root = Path::new(FOLDER).join("root");
+    for name in [
+        "io.containerd.content.v1.content",
+        "io.containerd.metadata.v1.bolt",
+        "io.containerd.snapshotter.v1.overlayfs",
+        "io.containerd.snapshotter.v1.native",
+    ] {
+        folders.push(root.join(name));
+    }
+    folders
+}
+
+/// Makes the node's folders, configuration and images.
+fn prepare(cri: bool) -> std::io::Result<Images> {
+    // Panics with the reason when there is no private /run.
+    universe::token();
+    let folder = Path::new(FOLDER);
+    for name in ["bin", "tmp", "images", "cni", "work"] {
+        fs::create_dir_all(folder.join(name))?;
+    }
+    if let Some(shim) = option_env!("CARGO_BIN_EXE_containerd-shim-proxmox-lxcri-v1") {
+        let link = folder.join("bin").join(leaks::shim_program(OURS));
+        std::os::unix::fs::symlink(shim, link)?;
+    }
+    fs::write(folder.join("config.toml"), configuration(cri, &Runtime::from_environment()))?;
+    fs::write(
+        folder.join("cni/10-test.conflist"),
+        format!(
+            r#"{{"cniVersion": "0.4.0", "name": "test", "plugins": [{{"type": "bridge", "bridge": "lxcri0", "isGateway": true,
+            "ipam": {{"type": "host-local", "subnet": "10.231.0.0/24", "dataDir": "{FOLDER}/ipam"}}}}]}}"#
+        ),
+    )?;
+    let images = folder.join("images");
+    Ok(Images {
+        busybox: image::build(&images, "busybox", image::BUSYBOX, &["/bin/sh"], 0)?,
+        pause: image::build(&images, "pause", image::PAUSE, &["/bin/sleep", "2147483647"], 0)?,
+    })
+}
+
+/// containerd's configuration, in version 2 of the file, which 1.6 to 2.x read.
+fn configuration(cri: bool, runtime: &Runtime) -> String {
+    let disabled = if cri { "" } else { "\"io.containerd.grpc.v1.cri\", " };
+    let name = &runtime.name;
+    let binary = match &runtime.oci {
+        Some(oci) => format!("BinaryName = \"{oci}\""),
+        None => String::new(),
+    };
+    let pause = image::PAUSE;
+    format!(
+        r#"version = 2
+root = "{FOLDER}/root"
+state = "{FOLDER}/state"
+temp = "{FOLDER}/tmp"
+disabled_plugins = [{disabled}"io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs", "io.containerd.tracing.processor.v1.otlp"]
+[grpc]
+address = "{FOLDER}/c.sock"
+[debug]
+level = "debug"
+[plugins."io.containerd.internal.v1.opt"]
+path = "{FOLDER}/opt"
+[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = "{pause}"
+# Lowering a score needs CAP_SYS_RESOURCE, which not every test machine grants.
+restrict_oom_score_adj = true
+netns_mounts_under_state_dir = true
+disable_apparmor = true
+stream_server_address = "127.0.0.1"
+stream_server_port = "0"
+[plugins."io.containerd.grpc.v1.cri".cni]
+bin_dir = "/usr/lib/cni"
+conf_dir = "{FOLDER}/cni"
+[plugins."io.containerd.grpc.v1.cri".containerd]
+default_runtime_name = "lxcri"
+snapshotter = "overlayfs"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.lxcri]
+runtime_type = "{name}"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.lxcri.options]
+{binary}
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+"#
+    )
+}
+
+fn spawn_containerd() -> Child {
+    let log = File::options().create(true).append(true).open(log()).expect("containerd's log");
+    let mut path = std::ffi::OsString::from(format!("{FOLDER}/bin:"));
+    path.push(std::env::var_os("PATH").unwrap_or_default());
+    path.push(":/usr/sbin:/sbin");
+    Command::new("containerd")
+        .args(["--config", &format!("{FOLDER}/config.toml")])
+        .env("PATH", path)
+        .env("TMPDIR", format!("{FOLDER}/tmp"))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().expect("a descriptor"))
+        .stderr(log)
+        .process_group(0)
+        .spawn()
+        .unwrap_or_else(|e| panic!("cannot run containerd: {e}; packaging/dependencies installs it"))
+}
+
+/// A connection to a containerd that answers.
+async fn connect() -> Channel {
+    until("containerd answers", async || {
+        if let Some(daemon) = daemon().as_mut()
+            && let Ok(Some(status)) = daemon.process.try_wait()
+        {
+            panic!("containerd ended: {status}");
+        }
+        let channel = containerd_client::connect(socket()).await.ok()?;
+        Client::from(channel.clone()).version().version(()).await.ok()?;
+        Some(channel)
+    })
+    .await
+}
+
+/// Copies the daemon's log to where it outlives the universe, and prints its end.
+fn keep_log(test: &str) {
+    let folder = option_env!("CARGO_TARGET_TMPDIR").map_or_else(std::env::temp_dir, PathBuf::from);
+    let kept = folder.join(format!("{}.containerd.log", test.replace("::", ".")));
+    let mut text = String::new();
+    let read = File::open(log()).and_then(|mut file| file.read_to_string(&mut text));
+    if read.is_err() || fs::write(&kept, &text).is_err() {
+        return;
+    }
+    let lines: Vec<&str> = text.lines().collect();
+    eprintln!("{test} failed; containerd's log is {}, its end:", kept.display());
+    for line in &lines[lines.len().saturating_sub(40)..] {
+        eprintln!("  {line}");
+    }
+}
+
+/// Kills everything in the universe but its init and the tests, and forgets the node.
+fn tear_down() {
+    let end = Instant::now() + SOON;
+    loop {
+        for cgroup in universe::cgroups_named(&universe::token()) {
+            // A frozen process does not die.
+            for (file, thawed) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
+                let file = File::options().write(true).open(cgroup.join(file));
+                let _ = file.and_then(|mut file| file.write_all(thawed.as_bytes()));
+            }
+        }
+        let mut left = leaks::processes();
+        left.retain(|process| process.pid != 1 && process.pid != std::process::id());
+        for process in &left {
+            // SAFETY: every process of the private pid namespace was started by the tests.
+            unsafe { libc::kill(process.pid as i32, libc::SIGKILL) };
+        }
+        if let Some(daemon) = daemon().as_mut() {
+            let _ = daemon.process.try_wait();
+        }
+        if left.iter().all(|process| process.command.ends_with(" Z]")) || Instant::now() > end {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    *daemon() = None;
+    for cgroup in universe::cgroups_named(&universe::token()) {
+        let _ = fs::remove_dir(cgroup);
+    }
+    // Mounts first: what they hold is not the node's to remove.
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut targets: Vec<&str> = mounts.lines().filter_map(|line| line.split(' ').nth(4)).collect();
+    targets.retain(|target| target.starts_with("/run/"));
+    for target in targets.iter().rev() {
+        let target = std::ffi::CString::new(*target).unwrap_or_default();
+        // SAFETY: a valid C string; the mount is in the private namespace.
+        unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
+    }
+    for entry in fs::read_dir("/run").into_iter().flatten().flatten() {
+        let _ = fs::remove_dir_all(entry.path()).or_else(|_| fs::remove_file(entry.path()));
+    }
+}

@@ -1,0 +1,40 @@
+//! Skips that nobody can overlook.
+//!
+//! libtest knows no skip and hides what a passed test prints. So a skip goes past its capture, to the process's stderr, and into the
+//! file that `LXCRI_SKIP_LOG` names (for the summary of `make test`). With `CI=true` a skip fails unless `tests/skips.txt` allows it.
+
+use std::io::Write;
+
+/// Lines of `<test> <reason>`; `#` begins a comment.
+const ALLOWED: &str = include_str!("../skips.txt");
+
+/// Says that `test` (as `file::name`) cannot run because of `missing`; the caller returns after it.
+///
+/// # Panics
+/// With `CI=true`, when `tests/skips.txt` does not name the test.
+pub(crate) fn skip(test: &str, missing: &str) {
+    let line = format!("SKIPPED {test}: {missing}\n");
+    // `eprint!` would be captured.
+    let _ = std::io::stderr().write_all(line.as_bytes());
+    if let Some(path) = std::env::var_os("LXCRI_SKIP_LOG") {
+        let written = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .and_then(|mut file| file.write_all(line.as_bytes()));
+        written.unwrap_or_else(|e| panic!("cannot note a skip in {}: {e}", path.display()));
+    }
+    if std::env::var("CI").as_deref() == Ok("true") {
+        assert!(
+            allowed(ALLOWED, test),
+            "{test} was skipped: {missing}; in CI a skip must be named in tests/skips.txt with its reason"
+        );
+    }
+}
+
+fn allowed(list: &str, test: &str) -> bool {
+    list.lines().any(|line| {
+        let mut words = line.split_whitespace();
+        words.next() == Some(test) && words.next().is_some()
+    })
+}

@@ -1,0 +1,239 @@
+//! A private universe for a test process: its own mount, pid and network namespace, entered before `main`.
+//!
+//! Why before `main`: a mount namespace belongs to a thread, and libtest starts threads. A function in `.init_array` runs while the
+//! process has one thread, so that every thread, and every child, lives in the same namespaces. `cargo test` needs no wrapper.
+//!
+//! What it buys:
+//! - **mounts**: `/run` is an empty tmpfs (so the shims' sockets in `/run/containerd/s`, crun's state and ours are private, and
+//!   overlayfs has an upper layer that works whatever `/tmp` is), `/var/lib/cni` too, and `/sys/fs/cgroup/unified` of a hybrid
+//!   machine is gone, because crun refuses to work beside it;
+//! - **pids**: `/proc` shows nothing but what the tests started, so a leak check needs no guess; and when the test process ends, by
+//!   whatever signal, the kernel ends the rest;
+//! - **network**: bridges and addresses of CNI never meet the machine's.
+//!
+//! Three processes: the outermost waits and removes cgroups that a crashed test left; pid 1 of the new pid namespace reaps orphans
+//! as an init does; pid 2 runs the tests. To look inside while a test runs: `nsenter -t <pid of the deepest one> -m -p -n`.
+
+use std::{
+    ffi::CString,
+    io,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicI32, Ordering},
+};
+
+/// Set to the token of the universe for everything that runs in it.
+const TOKEN: &str = "LXCRI_TEST_UNIVERSE";
+/// Set when the universe could not be entered: the reason.
+const FAILURE: &str = "LXCRI_TEST_UNIVERSE_FAILURE";
+
+/// SAFETY of the section: the C library calls it once, before `main`, with one thread alive.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static ENTER: extern "C" fn() = enter;
+
+/// A name that no other test process on the machine has: part of every container id, namespace and cgroup path of this one.
+///
+/// # Panics
+/// When the universe could not be entered, with the reason.
+pub(crate) fn token() -> String {
+    if let Ok(reason) = std::env::var(FAILURE) {
+        panic!("the tests with a real containerd need root with CAP_SYS_ADMIN: {reason}");
+    }
+    std::env::var(TOKEN).expect("no universe was entered")
+}
+
+extern "C" fn enter() {
+    // A program that a test started from its own executable is in the universe already.
+    if std::env::var_os(TOKEN).is_some() {
+        return;
+    }
+    // SAFETY: no other thread exists that could read the environment.
+    unsafe {
+        std::env::set_var(TOKEN, format!("lx{}x", libc::getpid()));
+    }
+    if let Err(reason) = leave_the_machine() {
+        // SAFETY: as above.
+        unsafe { std::env::set_var(FAILURE, reason) };
+    }
+}
+
+/// Enters the namespaces; returns in pid 2 of the new universe, or in the same process when nothing could be done.
+fn leave_the_machine() -> Result<(), String> {
+    // SAFETY: plain system calls.
+    check("unshare(mount, pid, network)", unsafe {
+        libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWNET)
+    })?;
+    mount(None, "/", None, libc::MS_REC | libc::MS_PRIVATE)?;
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), 0)?;
+    if Path::new("/sys/fs/cgroup/unified").exists() {
+        hide_unified().map_err(|e| format!("cannot hide /sys/fs/cgroup/unified: {e}"))?;
+    }
+    // libcni's cache has no other place.
+    let cni = Path::new("/var/lib/cni");
+    let made_cni = std::fs::create_dir(cni).is_ok();
+    mount(Some("tmpfs"), "/var/lib/cni", Some("tmpfs"), 0)?;
+
+    // SAFETY: the process has one thread.
+    match check("fork", unsafe { libc::fork() })? {
+        0 => {}
+        init => clean_up_after(init, made_cni),
+    }
+    // SAFETY: plain system call; the outermost process cannot leave us behind.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    mount(Some("proc"), "/proc", Some("proc"), libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC)?;
+    raise_loopback()?;
+    // SAFETY: the process has one thread.
+    match check("fork", unsafe { libc::fork() })? {
+        0 => Ok(()),
+        tests => reap_until(tests),
+    }
+}
+
+/// Builds `/sys/fs/cgroup` of a hybrid machine again, without its `unified`.
+///
+/// Unmounting that alone is not enough: crun makes folders for the "unified" hierarchy all the same, and they would land on the
+/// machine's own tmpfs.
+fn hide_unified() -> Result<(), String> {
+    const GROUPS: &str = "/sys/fs/cgroup";
+    const ASIDE: &str = "/run/cgroup";
+    let text = |e: io::Error| e.to_string();
+    std::fs::create_dir(ASIDE).map_err(text)?;
+    mount(Some(GROUPS), ASIDE, None, libc::MS_BIND | libc::MS_REC)?;
+    mount(Some("tmpfs"), GROUPS, Some("tmpfs"), 0)?;
+    for entry in std::fs::read_dir(ASIDE).map_err(text)?.flatten() {
+        let (from, to) = (entry.path(), Path::new(GROUPS).join(entry.file_name()));
+        if entry.file_name() == "unified" {
+            continue;
+        } else if entry.file_type().map_err(text)?.is_dir() {
+            std::fs::create_dir(&to).map_err(text)?;
+            mount(from.to_str(), &to.to_string_lossy(), None, libc::MS_BIND)?;
+        } else if let Ok(target) = std::fs::read_link(&from) {
+            std::os::unix::fs::symlink(target, to).map_err(text)?;
+        }
+    }
+    // SAFETY: a valid C string.
+    check("umount /run/cgroup", unsafe { libc::umount2(c"/run/cgroup".as_ptr(), libc::MNT_DETACH) })?;
+    std::fs::remove_dir(ASIDE).map_err(text)
+}
+
+fn check(what: &str, result: i32) -> Result<i32, String> {
+    if result < 0 {
+        return Err(format!("{what}: {}", io::Error::last_os_error()));
+    }
+    Ok(result)
+}
+
+fn mount(source: Option<&str>, target: &str, kind: Option<&str>, flags: libc::c_ulong) -> Result<(), String> {
+    let text = |s: Option<&str>| s.map(|s| CString::new(s).unwrap_or_default());
+    let (source, kind, path) = (text(source), text(kind), CString::new(target).unwrap_or_default());
+    let pointer = |s: &Option<CString>| s.as_ref().map_or(std::ptr::null(), |s| s.as_ptr());
+    // SAFETY: all strings outlive the call.
+    let result = unsafe { libc::mount(pointer(&source), path.as_ptr(), pointer(&kind), flags, std::ptr::null()) };
+    check(&format!("mount {target}"), result).map(drop)
+}
+
+/// `ip link set lo up`, for containerd's stream server.
+fn raise_loopback() -> Result<(), String> {
+    // SAFETY: the socket is closed below; the request is a zeroed ifreq with a short name.
+    unsafe {
+        let socket = check("socket", libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0))?;
+        let mut request: libc::ifreq = std::mem::zeroed();
+        request.ifr_name[0] = b'l' as libc::c_char;
+        request.ifr_name[1] = b'o' as libc::c_char;
+        request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as i16;
+        let result = libc::ioctl(socket, libc::SIOCSIFFLAGS, &request);
+        let result = check("raise the loopback device", result);
+        libc::close(socket);
+        result.map(drop)
+    }
+}
+
+static INIT: AtomicI32 = AtomicI32::new(0);
+
+extern "C" fn end_the_universe(_signal: i32) {
+    // SAFETY: kill is async-signal-safe; the pid is our unreaped child's.
+    unsafe { libc::kill(INIT.load(Ordering::Relaxed), libc::SIGKILL) };
+}
+
+/// The outermost process: waits for the universe's end, removes the cgroups that it left, exits as the tests did.
+fn clean_up_after(init: i32, made_cni: bool) -> ! {
+    INIT.store(init, Ordering::Relaxed);
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: the handler only calls kill.
+        unsafe { libc::signal(signal, end_the_universe as *const () as libc::sighandler_t) };
+    }
+    let code = wait_for(init);
+    let token = std::env::var(TOKEN).unwrap_or_default();
+    for cgroup in cgroups_named(&token) {
+        let _ = std::fs::remove_dir(cgroup);
+    }
+    if made_cni {
+        // SAFETY: a valid C string.
+        unsafe { libc::umount2(c"/var/lib/cni".as_ptr(), libc::MNT_DETACH) };
+        let _ = std::fs::remove_dir("/var/lib/cni");
+    }
+    // SAFETY: nothing of this process needs a destructor.
+    unsafe { libc::_exit(code) }
+}
+
+/// Pid 1: reaps orphans until the tests end.
+fn reap_until(tests: i32) -> ! {
+    let code = loop {
+        let mut status = 0;
+        // SAFETY: `status` is a valid place.
+        let pid = unsafe { libc::waitpid(-1, &mut status, 0) };
+        if pid == tests {
+            break exit_code(status);
+        }
+        if pid < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ECHILD) {
+            break 1;
+        }
+    };
+    // SAFETY: as above.
+    unsafe { libc::_exit(code) }
+}
+
+fn wait_for(pid: i32) -> i32 {
+    let mut status = 0;
+    loop {
+        // SAFETY: `status` is a valid place.
+        if unsafe { libc::waitpid(pid, &mut status, 0) } == pid {
+            return exit_code(status);
+        }
+        if io::Error::last_os_error().raw_os_error() != Some(libc::EINTR) {
+            return 1;
+        }
+    }
+}
+
+fn exit_code(status: i32) -> i32 {
+    if libc::WIFEXITED(status) {
+        libc::WEXITSTATUS(status)
+    } else {
+        128 + libc::WTERMSIG(status)
+    }
+}
+
+/// Every cgroup, in all hierarchies, that has `token` in its path; children before parents.
+pub(crate) fn cgroups_named(token: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![PathBuf::from("/sys/fs/cgroup")];
+    while let Some(folder) = folders.pop() {
+        let Ok(entries) = std::fs::read_dir(&folder) else {
+            continue;
+        };
+        for entry in entries.flatten() {
+            // cgroupfs reports the type of an entry; links such as /sys/fs/cgroup/cpu must not be followed twice.
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                let path = entry.path();
+                // crun leaves plain folders where a hierarchy is not mounted; they are not cgroups.
+                if path.to_string_lossy().contains(token) && path.join("cgroup.procs").exists() {
+                    found.push(path.clone());
+                }
+                folders.push(path);
+            }
+        }
+    }
+    found.sort_by_key(|path| std::cmp::Reverse(path.components().count()));
+    found
+}
