@@ -156,6 +156,10 @@ fn a_paused_container_does_not_move_and_can_be_killed() {
         task.io.stdout.until("got two").await;
         task.pause().await.unwrap();
         task.kill(libc::SIGKILL).await.unwrap();
+        if !node.runtime.is_ours() && node.runtime.program() == "crun" {
+            // On cgroup v1 a frozen process does not die; Go's shim leaves that to the runtime, and crun does not thaw.
+            task.resume().await.unwrap();
+        }
         assert_eq!(task.wait().await.status, 137);
         task.finish().await;
     });

@@ -195,7 +195,10 @@ impl Node {
         };
         node.import(&node.images.busybox, image::BUSYBOX).await;
         node.import(&node.images.pause, image::PAUSE).await;
-        if is_new {
+        if is_new && cri {
+            // As below, with a pod.
+            super::cri::warm_up(&node).await;
+        } else if is_new {
             // The first container of a namespace makes folders and cgroups that stay for the next one. Whether it runs is not the
             // question here; a test will ask it.
             node.ctr_run(&["--rm"], &format!("first-{}", node.namespace), &["true"]).await;
@@ -210,6 +213,11 @@ impl Node {
         folder
     }
 
+    /// CRI has a namespace of its own.
+    fn containerd_namespace(&self) -> &str {
+        if self.cri { "k8s.io" } else { &self.namespace }
+    }
+
     /// Path of containerd's gRPC socket.
     pub(crate) fn socket(&self) -> PathBuf {
         socket()
@@ -218,14 +226,13 @@ impl Node {
     /// A container's bundle.
     pub(crate) fn bundle(&self, id: &str) -> PathBuf {
         let tasks = Path::new(FOLDER).join("state/io.containerd.runtime.v2.task");
-        tasks.join(if self.cri { "k8s.io" } else { &self.namespace }).join(id)
+        tasks.join(self.containerd_namespace()).join(id)
     }
 
     /// `message` as a request in the test's namespace, with a deadline.
     pub(crate) fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
-        let namespace = if self.cri { "k8s.io" } else { &self.namespace };
-        let namespace = MetadataValue::try_from(namespace).expect("an ASCII namespace");
+        let namespace = MetadataValue::try_from(self.containerd_namespace()).expect("an ASCII namespace");
         request.metadata_mut().insert("containerd-namespace", namespace);
         request.set_timeout(RPC);
         request
@@ -296,7 +303,7 @@ impl Node {
     /// The command line of `ctr` in the test's namespace.
     pub(crate) fn ctr_command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new("ctr");
-        command.arg("--address").arg(socket()).args(["--namespace", if self.cri { "k8s.io" } else { &self.namespace }]);
+        command.arg("--address").arg(socket()).args(["--namespace", self.containerd_namespace()]);
         command.args(arguments);
         command
     }
@@ -488,6 +495,8 @@ fn prepare(cri: bool) -> std::io::Result<Images> {
     for name in ["bin", "tmp", "images", "cni", "work"] {
         fs::create_dir_all(folder.join(name))?;
     }
+    // crun makes it, whatever it is asked, even for its version.
+    fs::create_dir_all("/run/crun")?;
     if let Some(shim) = option_env!("CARGO_BIN_EXE_containerd-shim-proxmox-lxcri-v1") {
         let link = folder.join("bin").join(leaks::shim_program(OURS));
         std::os::unix::fs::symlink(shim, link)?;
