@@ -4,14 +4,14 @@ use std::{collections::HashMap, path::PathBuf};
 
 use containerd_client::tonic::{Status, transport::Channel};
 use k8s_cri::v1::{
-    AttachRequest, Container, ContainerConfig, ContainerMetadata, ContainerState, ContainerStatsRequest, ContainerStatus,
-    ContainerStatusRequest, CreateContainerRequest, DnsConfig, ExecRequest, ExecSyncRequest, ExecSyncResponse, ImageSpec,
-    ImageStatusRequest, Int64Value, LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
-    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListContainersRequest, NamespaceMode, NamespaceOption,
-    PodSandboxConfig, PodSandboxMetadata, PodSandboxState, PodSandboxStatus, PodSandboxStatusRequest,
-    RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
-    StopPodSandboxRequest, UpdateContainerResourcesRequest, image_service_client::ImageServiceClient,
-    runtime_service_client::RuntimeServiceClient,
+    AttachRequest, Container, ContainerConfig, ContainerMetadata, ContainerState, ContainerStatsRequest,
+    ContainerStatus, ContainerStatusRequest, CreateContainerRequest, DnsConfig, ExecRequest, ExecSyncRequest,
+    ExecSyncResponse, ImageSpec, ImageStatusRequest, Int64Value, LinuxContainerConfig, LinuxContainerResources,
+    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListContainersRequest,
+    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxState, PodSandboxStatus,
+    PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
+    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest, UpdateContainerResourcesRequest,
+    image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient,
 };
 
 use super::{
@@ -69,7 +69,12 @@ impl Node {
             config: Some(config.clone()),
             runtime_handler: handler.into(),
         };
-        let id = self.cri().run_pod_sandbox(self.request(request)).await?.into_inner().pod_sandbox_id;
+        let id = self
+            .cri()
+            .run_pod_sandbox(self.request(request))
+            .await?
+            .into_inner()
+            .pod_sandbox_id;
         Ok(Pod {
             node: self,
             id,
@@ -101,7 +106,13 @@ pub(crate) async fn warm_up(node: &Node) {
                 verbose: false,
             };
             let mut images = ImageServiceClient::new(node.channel());
-            images.image_status(node.request(request)).await.ok()?.into_inner().image.map(drop)
+            images
+                .image_status(node.request(request))
+                .await
+                .ok()?
+                .into_inner()
+                .image
+                .map(drop)
         })
         .await;
     }
@@ -170,14 +181,21 @@ impl<'n> Pod<'n> {
 
     /// Creates and starts a container that runs `sh -c <script>`.
     pub(crate) async fn sh(&self, name: &str, script: &str) -> PodContainer<'n> {
-        self.start(self.container_config(name, &["/bin/sh", "-c", script])).await
+        self.start(self.container_config(name, &["/bin/sh", "-c", script]))
+            .await
     }
 
     /// Creates and starts a container.
     pub(crate) async fn start(&self, config: ContainerConfig) -> PodContainer<'n> {
         let name = config.log_path.clone();
-        let container = self.create(config).await.unwrap_or_else(|e| panic!("create container {name}: {e:?}"));
-        container.start().await.unwrap_or_else(|e| panic!("start container {name}: {e:?}"));
+        let container = self
+            .create(config)
+            .await
+            .unwrap_or_else(|e| panic!("create container {name}: {e:?}"));
+        container
+            .start()
+            .await
+            .unwrap_or_else(|e| panic!("start container {name}: {e:?}"));
         container
     }
 
@@ -188,7 +206,11 @@ impl<'n> Pod<'n> {
             verbose: false,
         };
         let response = self.node.cri().pod_sandbox_status(self.node.request(request)).await;
-        response.unwrap_or_else(|e| panic!("status of pod {}: {e:?}", self.id)).into_inner().status.expect("a status")
+        response
+            .unwrap_or_else(|e| panic!("status of pod {}: {e:?}", self.id))
+            .into_inner()
+            .status
+            .expect("a status")
     }
 
     /// Whether the sandbox is ready.
@@ -198,7 +220,11 @@ impl<'n> Pod<'n> {
 
     /// Ids of the containers that CRI lists for this pod.
     pub(crate) async fn containers(&self) -> Vec<Container> {
-        let response = self.node.cri().list_containers(self.node.request(ListContainersRequest::default())).await;
+        let response = self
+            .node
+            .cri()
+            .list_containers(self.node.request(ListContainersRequest::default()))
+            .await;
         let mut containers = response.expect("list containers").into_inner().containers;
         containers.retain(|container| container.pod_sandbox_id == self.id);
         containers
@@ -239,7 +265,11 @@ impl PodContainer<'_> {
         let request = StartContainerRequest {
             container_id: self.id.clone(),
         };
-        self.node.cri().start_container(self.node.request(request)).await.map(drop)
+        self.node
+            .cri()
+            .start_container(self.node.request(request))
+            .await
+            .map(drop)
     }
 
     /// ContainerStatus.
@@ -249,7 +279,11 @@ impl PodContainer<'_> {
             verbose: false,
         };
         let response = self.node.cri().container_status(self.node.request(request)).await;
-        response.unwrap_or_else(|e| panic!("status of container {}: {e:?}", self.id)).into_inner().status.expect("a status")
+        response
+            .unwrap_or_else(|e| panic!("status of container {}: {e:?}", self.id))
+            .into_inner()
+            .status
+            .expect("a status")
     }
 
     /// Waits until it has exited.
@@ -293,12 +327,20 @@ impl PodContainer<'_> {
             cmd: vec!["/bin/sh".into(), "-c".into(), script.into()],
             timeout: timeout_seconds,
         };
-        Ok(self.node.cri().exec_sync(self.node.request(request)).await?.into_inner())
+        Ok(self
+            .node
+            .cri()
+            .exec_sync(self.node.request(request))
+            .await?
+            .into_inner())
     }
 
     /// The output of a script that succeeds.
     pub(crate) async fn ask(&self, script: &str) -> String {
-        let response = self.exec_sync(script, 0).await.unwrap_or_else(|e| panic!("{script}: {e:?}"));
+        let response = self
+            .exec_sync(script, 0)
+            .await
+            .unwrap_or_else(|e| panic!("{script}: {e:?}"));
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         assert_eq!(response.exit_code, 0, "{script}: {}", text(&response.stderr));
         text(&response.stdout)
@@ -314,7 +356,14 @@ impl PodContainer<'_> {
             stdout: true,
             stderr: !tty,
         };
-        let url = self.node.cri().exec(self.node.request(request)).await.expect("exec").into_inner().url;
+        let url = self
+            .node
+            .cri()
+            .exec(self.node.request(request))
+            .await
+            .expect("exec")
+            .into_inner()
+            .url;
         open(url).await
     }
 
@@ -327,7 +376,14 @@ impl PodContainer<'_> {
             stdout: true,
             stderr: !tty,
         };
-        let url = self.node.cri().attach(self.node.request(request)).await.expect("attach").into_inner().url;
+        let url = self
+            .node
+            .cri()
+            .attach(self.node.request(request))
+            .await
+            .expect("attach")
+            .into_inner()
+            .url;
         open(url).await
     }
 
@@ -336,7 +392,14 @@ impl PodContainer<'_> {
         let request = ContainerStatsRequest {
             container_id: self.id.clone(),
         };
-        let stats = self.node.cri().container_stats(self.node.request(request)).await.expect("stats").into_inner().stats?;
+        let stats = self
+            .node
+            .cri()
+            .container_stats(self.node.request(request))
+            .await
+            .expect("stats")
+            .into_inner()
+            .stats?;
         let cpu = stats.cpu?.usage_core_nano_seconds?.value;
         Some((cpu, stats.memory?.working_set_bytes?.value))
     }
@@ -349,7 +412,11 @@ impl PodContainer<'_> {
             annotations: HashMap::new(),
             ..UpdateContainerResourcesRequest::default()
         };
-        self.node.cri().update_container_resources(self.node.request(request)).await.map(drop)
+        self.node
+            .cri()
+            .update_container_resources(self.node.request(request))
+            .await
+            .map(drop)
     }
 
     /// StopContainer, with a grace period; idempotent.

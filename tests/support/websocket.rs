@@ -25,7 +25,9 @@ pub(crate) struct Stream(TcpStream);
 impl Stream {
     /// Opens the URL that Exec or Attach answered.
     pub(crate) fn open(url: &str) -> io::Result<Self> {
-        let rest = url.strip_prefix("http://").ok_or_else(|| io::Error::other(format!("not http: {url}")))?;
+        let rest = url
+            .strip_prefix("http://")
+            .ok_or_else(|| io::Error::other(format!("not http: {url}")))?;
         let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
         let mut tcp = TcpStream::connect(host)?;
         tcp.set_read_timeout(Some(Duration::from_secs(30)))?;
@@ -42,7 +44,10 @@ impl Stream {
             head.push(byte[0]);
         }
         if !head.starts_with(b"HTTP/1.1 101") {
-            return Err(io::Error::other(format!("no websocket: {}", String::from_utf8_lossy(&head))));
+            return Err(io::Error::other(format!(
+                "no websocket: {}",
+                String::from_utf8_lossy(&head)
+            )));
         }
         Ok(Self(tcp))
     }
@@ -73,7 +78,11 @@ impl Stream {
         loop {
             let mut head = [0; 2];
             if let Err(e) = self.0.read_exact(&mut head) {
-                return if e.kind() == io::ErrorKind::UnexpectedEof { Ok(None) } else { Err(e) };
+                return if e.kind() == io::ErrorKind::UnexpectedEof {
+                    Ok(None)
+                } else {
+                    Err(e)
+                };
             }
             let length = match head[1] & 0x7f {
                 126 => {
