@@ -503,3 +503,30 @@ fn five_pods_at_once_do_not_meet() {
         }
     });
 }
+
+#[test]
+fn a_pods_shim_keeps_no_descriptor_of_what_ended() {
+    cri_node(async |node| {
+        let pod = node.pod("long").await;
+        let stays = pod.sh("stays", "exec sleep 1000").await;
+        let shims = node.shims();
+        let descriptors = || leaks::open_descriptors(shims[0].pid);
+        let round = async |number: usize| {
+            let container = pod.sh(&format!("c{number}"), "echo out; exit 0").await;
+            container.exited().await;
+            container.remove().await;
+            assert_eq!(stays.ask("echo in").await, "in\n");
+        };
+        // The first round may open what stays for all.
+        round(0).await;
+        let before = descriptors();
+        for number in 1..=20 {
+            round(number).await;
+        }
+        until(&format!("the descriptors are {before} again"), async || {
+            (descriptors() <= before).then_some(())
+        })
+        .await;
+        pod.remove().await;
+    });
+}

@@ -113,7 +113,7 @@ fn a_wait_before_and_one_after_the_exit_say_the_same() {
         assert_eq!(early.status, 42);
         assert_eq!(early, late);
         let state = task.state("").await.unwrap();
-        assert_eq!((state.exit_status, state.exited_at), (42, Some(early.at.clone())));
+        assert_eq!((state.exit_status, state.exited_at), (42, Some(early.at)));
         let deleted = task.finish().await;
         assert_eq!((deleted.exit_status, deleted.exited_at), (42, Some(early.at)));
     });

@@ -104,6 +104,11 @@ fn hide_unified() -> Result<(), String> {
     let text = |e: io::Error| e.to_string();
     std::fs::create_dir(ASIDE).map_err(text)?;
     mount(Some(GROUPS), ASIDE, None, libc::MS_BIND | libc::MS_REC)?;
+    // Not merely covered: what is mounted below must not be in mountinfo, where runtimes look for hierarchies.
+    // SAFETY: a valid C string.
+    check("umount /sys/fs/cgroup", unsafe {
+        libc::umount2(c"/sys/fs/cgroup".as_ptr(), libc::MNT_DETACH)
+    })?;
     mount(Some("tmpfs"), GROUPS, Some("tmpfs"), 0)?;
     for entry in std::fs::read_dir(ASIDE).map_err(text)?.flatten() {
         let (from, to) = (entry.path(), Path::new(GROUPS).join(entry.file_name()));
