@@ -24,6 +24,7 @@
     reason = "a harness fails by panicking, and speaks to a person"
 )]
 
+pub(crate) mod cri;
 pub(crate) mod events;
 pub(crate) mod image;
 pub(crate) mod leaks;
@@ -31,6 +32,7 @@ pub(crate) mod node;
 pub(crate) mod skip;
 pub(crate) mod task;
 pub(crate) mod universe;
+pub(crate) mod websocket;
 
 #[allow(unused_imports, reason = "each test file uses another part of the harness")]
 pub(crate) use node::{Node, until};

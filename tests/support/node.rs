@@ -16,11 +16,7 @@ use containerd_client::{
         containers_client::ContainersClient, events_client::EventsClient, snapshots::snapshots_client::SnapshotsClient,
         tasks_client::TasksClient,
     },
-    tonic::{
-        Code, Request, Status,
-        metadata::MetadataValue,
-        transport::Channel,
-    },
+    tonic::{Code, Request, Status, metadata::MetadataValue, transport::Channel},
 };
 use prost_types::Any;
 
@@ -127,7 +123,6 @@ pub(crate) struct Node {
     /// What was imported.
     pub(crate) images: Images,
     channel: Channel,
-    cri: bool,
     tolerated: Mutex<Vec<String>>,
 }
 
@@ -190,15 +185,21 @@ impl Node {
             namespace: universe::token(),
             images,
             channel: connect().await,
-            cri,
             tolerated: Mutex::default(),
         };
-        node.import(&node.images.busybox, image::BUSYBOX).await;
-        node.import(&node.images.pause, image::PAUSE).await;
         if is_new {
+            node.import(&node.images.busybox).await;
             // The first container of a namespace makes folders and cgroups that stay for the next one. Whether it runs is not the
             // question here; a test will ask it.
-            node.ctr_run(&["--rm"], &format!("first-{}", node.namespace), &["true"]).await;
+            node.ctr_run(&["--rm"], "first", &["true"]).await;
+        }
+        if is_new && cri {
+            for image in [&node.images.busybox, &node.images.pause] {
+                finish(ctr("k8s.io", &["images", "import", &image.path()]), b"")
+                    .await
+                    .assert_ok();
+            }
+            super::cri::warm_up(&node).await;
         }
         node
     }
@@ -218,14 +219,13 @@ impl Node {
     /// A container's bundle.
     pub(crate) fn bundle(&self, id: &str) -> PathBuf {
         let tasks = Path::new(FOLDER).join("state/io.containerd.runtime.v2.task");
-        tasks.join(if self.cri { "k8s.io" } else { &self.namespace }).join(id)
+        tasks.join(&self.namespace).join(id)
     }
 
     /// `message` as a request in the test's namespace, with a deadline.
     pub(crate) fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
-        let namespace = if self.cri { "k8s.io" } else { &self.namespace };
-        let namespace = MetadataValue::try_from(namespace).expect("an ASCII namespace");
+        let namespace = MetadataValue::try_from(&self.namespace).expect("an ASCII namespace");
         request.metadata_mut().insert("containerd-namespace", namespace);
         request.set_timeout(RPC);
         request
@@ -295,10 +295,7 @@ impl Node {
 
     /// The command line of `ctr` in the test's namespace.
     pub(crate) fn ctr_command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new("ctr");
-        command.arg("--address").arg(socket()).args(["--namespace", if self.cri { "k8s.io" } else { &self.namespace }]);
-        command.args(arguments);
-        command
+        ctr(&self.namespace, arguments)
     }
 
     /// The arguments of `ctr run` that choose the runtime under test.
@@ -320,14 +317,9 @@ impl Node {
         self.ctr(&arguments).await
     }
 
-    /// Imports an image, under the name that its archive holds, unless it is there.
-    pub(crate) async fn import(&self, image: &Image, name: &str) {
-        let list = self.ctr(&["images", "list", "--quiet"]).await;
-        if list.stdout.lines().any(|line| line == name) {
-            return;
-        }
-        let archive = image.archive.to_str().expect("an UTF-8 path");
-        self.ctr(&["images", "import", archive]).await.assert_ok();
+    /// Imports an image under the name that its archive holds.
+    pub(crate) async fn import(&self, image: &Image) {
+        self.ctr(&["images", "import", &image.path()]).await.assert_ok();
     }
 
     /// Says that the test cannot run because of `missing`; the test returns after it. See [`super::skip::skip`].
@@ -403,6 +395,16 @@ impl Finished {
     }
 }
 
+fn ctr(namespace: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new("ctr");
+    command
+        .arg("--address")
+        .arg(socket())
+        .args(["--namespace", namespace])
+        .args(arguments);
+    command
+}
+
 /// Runs a program to its end, with a bound.
 pub(crate) async fn finish(mut command: Command, stdin: &[u8]) -> Finished {
     let line = format!("{command:?}").replace('"', "");
@@ -429,7 +431,10 @@ pub(crate) async fn finish(mut command: Command, stdin: &[u8]) -> Finished {
             panic!("{line} did not end within {RPC:?}");
         }
     };
-    let status = output.status.code().unwrap_or_else(|| 128 + output.status.signal().unwrap_or(0));
+    let status = output
+        .status
+        .code()
+        .unwrap_or_else(|| 128 + output.status.signal().unwrap_or(0));
     Finished {
         status,
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -488,11 +493,15 @@ fn prepare(cri: bool) -> std::io::Result<Images> {
     for name in ["bin", "tmp", "images", "cni", "work"] {
         fs::create_dir_all(folder.join(name))?;
     }
-    if let Some(shim) = option_env!("CARGO_BIN_EXE_containerd-shim-proxmox-lxcri-v1") {
-        let link = folder.join("bin").join(leaks::shim_program(OURS));
-        std::os::unix::fs::symlink(shim, link)?;
+    // crun makes it, whatever it is asked, even for its version.
+    fs::create_dir_all("/run/crun")?;
+    if let Some(shim) = our_shim() {
+        std::os::unix::fs::symlink(shim, folder.join("bin").join(leaks::shim_program(OURS)))?;
     }
-    fs::write(folder.join("config.toml"), configuration(cri, &Runtime::from_environment()))?;
+    fs::write(
+        folder.join("config.toml"),
+        configuration(cri, &Runtime::from_environment()),
+    )?;
     fs::write(
         folder.join("cni/10-test.conflist"),
         format!(
@@ -507,6 +516,12 @@ fn prepare(cri: bool) -> std::io::Result<Images> {
     })
 }
 
+/// Our shim: the one that `LXCRI_TEST_SHIM` names, or the one that Cargo built for the tests.
+pub(crate) fn our_shim() -> Option<PathBuf> {
+    let named = std::env::var_os("LXCRI_TEST_SHIM").map(PathBuf::from);
+    named.or_else(|| option_env!("CARGO_BIN_EXE_containerd-shim-proxmox-lxcri-v1").map(PathBuf::from))
+}
+
 /// containerd's configuration, in version 2 of the file, which 1.6 to 2.x read.
 fn configuration(cri: bool, runtime: &Runtime) -> String {
     let disabled = if cri { "" } else { "\"io.containerd.grpc.v1.cri\", " };
@@ -516,6 +531,11 @@ fn configuration(cri: bool, runtime: &Runtime) -> String {
         None => String::new(),
     };
     let pause = image::PAUSE;
+    // Debian's package, or where Kubernetes puts them.
+    let plugins = ["/usr/lib/cni", "/opt/cni/bin"]
+        .into_iter()
+        .find(|folder| Path::new(folder).join("bridge").exists());
+    let plugins = plugins.unwrap_or("/usr/lib/cni");
     format!(
         r#"version = 2
 root = "{FOLDER}/root"
@@ -538,7 +558,7 @@ disable_apparmor = true
 stream_server_address = "127.0.0.1"
 stream_server_port = "0"
 [plugins."io.containerd.grpc.v1.cri".cni]
-bin_dir = "/usr/lib/cni"
+bin_dir = "{plugins}"
 conf_dir = "{FOLDER}/cni"
 [plugins."io.containerd.grpc.v1.cri".containerd]
 default_runtime_name = "lxcri"
@@ -554,7 +574,11 @@ runtime_type = "io.containerd.runc.v2"
 }
 
 fn spawn_containerd() -> Child {
-    let log = File::options().create(true).append(true).open(log()).expect("containerd's log");
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(log())
+        .expect("containerd's log");
     let mut path = std::ffi::OsString::from(format!("{FOLDER}/bin:"));
     path.push(std::env::var_os("PATH").unwrap_or_default());
     path.push(":/usr/sbin:/sbin");
