@@ -184,8 +184,15 @@ fn clean_up_after(init: i32, made_cni: bool) -> ! {
     }
     let code = wait_for(init);
     let token = std::env::var(TOKEN).unwrap_or_default();
-    for cgroup in cgroups_named(&token) {
-        let _ = std::fs::remove_dir(cgroup);
+    for cgroup in cgroups_named("lx") {
+        let name = |part: std::path::Component<'_>| part.as_os_str().to_string_lossy().into_owned();
+        if cgroup
+            .components()
+            .map(name)
+            .any(|part| part.contains(&token) || is_of_the_dead(&part))
+        {
+            let _ = std::fs::remove_dir(cgroup);
+        }
     }
     if made_cni {
         // SAFETY: a valid C string.
@@ -194,6 +201,16 @@ fn clean_up_after(init: i32, made_cni: bool) -> ! {
     }
     // SAFETY: nothing of this process needs a destructor.
     unsafe { libc::_exit(code) }
+}
+
+/// Whether `name` is the token of a universe whose outermost process was killed before it could clean up.
+fn is_of_the_dead(name: &str) -> bool {
+    let digits = name.strip_prefix("lx").and_then(|rest| rest.strip_suffix('x'));
+    let Some(pid) = digits.and_then(|digits| digits.parse().ok()) else {
+        return false;
+    };
+    // SAFETY: signal 0 only asks whether the process exists.
+    unsafe { libc::kill(pid, 0) != 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ESRCH) }
 }
 
 /// Pid 1: reaps orphans until the tests end.
