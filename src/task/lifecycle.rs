@@ -609,7 +609,8 @@ impl Task {
     /// `FailedPrecondition` when it has ended; what the backend said otherwise.
     pub async fn update(&self, resources_json: &[u8]) -> Result<()> {
         next(self.init.phase(), Intent::Update)?;
-        serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(resources_json)
+        // crun takes what it does not understand for "not mentioned".
+        serde_json::from_slice::<oci_spec::runtime::LinuxResources>(resources_json)
             .map_err(|e| Error::invalid("resources are not an OCI linux.resources object").with_source(e))?;
         self.backend.update(&self.record(), resources_json).await
     }

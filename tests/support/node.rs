@@ -338,8 +338,13 @@ impl Node {
     /// Tolerates leftovers that begin with `prefix`, when the suite is being validated on a runtime that leaves them. Ours may not.
     pub(crate) fn others_may_leave(&self, prefix: &str) {
         if !self.runtime.is_ours() {
-            self.tolerated.lock().unwrap().push(prefix.into());
+            self.tolerate(prefix);
         }
+    }
+
+    /// Lets something stay behind that is not the runtime's under test.
+    pub(crate) fn tolerate(&self, prefix: &str) {
+        self.tolerated.lock().unwrap().push(prefix.into());
     }
 
     /// Asserts an error's code. Go's shim answers Unknown to some calls that it refuses; a runtime that is not ours may do so.
