@@ -352,6 +352,22 @@ impl Backend for Crun {
         Error::all(errors).map_or(Ok(()), Err)
     }
 
+    /// The poststop hooks do not run then. They are crun's to run, and it is crun that does not work.
+    async fn erase(&self, rec: &Record, failed: Error) -> Result<()> {
+        let dir = state_dir(rec)?;
+        if let Some(status) = read_status(&dir) {
+            if status.is_of_another(&rec.bundle) {
+                return Err(failed);
+            }
+            if let Some(init) = status.identity() {
+                end(&init, KILL_TIMEOUT).await?;
+            }
+        }
+        self.undo_half_made(rec, &dir).await?;
+        log::warn!("container {} was removed without crun, its poststop hooks did not run: {failed}", rec.id);
+        Ok(())
+    }
+
     async fn update(&self, rec: &Record, resources_json: &[u8]) -> Result<()> {
         let resources = Scratch::new(resources_json)?;
         let args = vec![

@@ -64,6 +64,13 @@ struct Exec {
     spec: Arc<ExecSpec>,
 }
 
+/// Whether somebody may ask again for what could not be removed.
+#[derive(Debug, Clone, Copy)]
+enum Chance {
+    NotLast,
+    Last,
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Each guarded value is replaced or changed by one call, so it is whole after a panic elsewhere.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -173,7 +180,7 @@ impl Task {
                 Ok(pid)
             }
             Err(error) => {
-                if let Err(undo) = self.remove_everything().await {
+                if let Err(undo) = self.remove_everything(Chance::Last).await {
                     log::error!("cannot undo the create of {}: {undo}", request.id);
                 }
                 self.init.set(Phase::Deleted);
@@ -740,7 +747,7 @@ impl Task {
             exec.process.set(Phase::Deleted);
         }
         self.drain(&self.init).await;
-        if let Err(e) = self.remove_everything().await {
+        if let Err(e) = self.remove_everything(Chance::NotLast).await {
             self.init.set(Phase::Stopped);
             return Err(e.context(format!("cannot delete task {}", self.id())));
         }
@@ -785,12 +792,16 @@ impl Task {
     }
 
     /// Undoes what Create did, in the reverse order; goes on past errors.
-    async fn remove_everything(&self) -> Result<()> {
+    async fn remove_everything(&self, chance: Chance) -> Result<()> {
         self.init.take_io();
         self.init.take_stdio();
         let record = self.record();
         let mut errors = Vec::new();
-        errors.extend(self.backend.delete(&record).await.err());
+        let deleted = match (self.backend.delete(&record).await, chance) {
+            (Err(e), Chance::Last) => self.backend.erase(&record, e).await,
+            (deleted, _) => deleted,
+        };
+        errors.extend(deleted.err());
         if let (Some(pidfd), None) = (self.init.pidfd(), self.init.exit()) {
             // The create failed after init was born; the backend knows it or not, it must go.
             errors.extend(pidfd.signal(libc::SIGKILL).or_else(gone_is_fine).err());
