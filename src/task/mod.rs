@@ -181,6 +181,7 @@ impl Engine {
             restore_from: (!request.checkpoint.is_empty()).then(|| PathBuf::from(&request.checkpoint)),
             options,
             cgroup: None,
+            shim: command::identity(std::process::id()).ok(),
             init: None,
             exit: None,
         };
@@ -315,6 +316,16 @@ pub async fn cleanup(bundle: &Path, namespace: &str, id: &str, backends: &Backen
     let call_bound = u64::try_from(CLEANUP_CALL_BOUND.as_millis()).unwrap_or(u64::MAX);
     record.options.runtime_timeout_ms = record.options.runtime_timeout_ms.min(call_bound);
     let mut errors = Vec::new();
+    if let Some(shim) = &record.shim {
+        // Hooks of a runtime program that died with the shim.
+        let left = command::left_of_session(shim, &record.options.shim_cgroup);
+        for process in left.unwrap_or_else(|e| {
+            errors.push(e);
+            Vec::new()
+        }) {
+            errors.extend(command::end(&process, CGROUP_BOUND).await.err());
+        }
+    }
     match backends(&record.options) {
         Ok(backend) => {
             let deleted = match backend.delete(&record).await {

@@ -248,6 +248,31 @@ fn and_crun_refuses_to_delete() {
 }
 
 #[test]
+fn while_hooks_of_start_and_delete_run() {
+    fault(async |daemon, stub| {
+        for hook in ["poststart", "poststop"] {
+            let (pod, mut a) = pod(daemon, stub, &shell("test -e /go || exec sleep 100000; exit 3")).await;
+            let gate = Gate::new(a.path.join("gate"));
+            a.spec["hooks"][hook] = gate.hook();
+            let status = if hook == "poststop" { 3 } else { 137 };
+            if hook == "poststop" {
+                fs::write(a.path.join("upper/go"), "").unwrap();
+            }
+            let pid = pod.create(&a, &Io::none()).await.unwrap();
+            let _held = if hook == "poststop" {
+                pod.start_process("a", "").await.unwrap();
+                assert_eq!(pod.wait("a", "").await.unwrap(), 3);
+                gate.holds(pod.delete("a", "")).await
+            } else {
+                gate.holds(pod.start_process("a", "")).await
+            };
+            dies(daemon, stub, pod, &[(&a, pid, status)]).await;
+            fs::remove_dir_all(&a.path).unwrap();
+        }
+    });
+}
+
+#[test]
 fn with_a_user_namespace() {
     fault(async |daemon, stub| {
         let (pod, mut a) = pod(daemon, stub, &shell("sleep 1000 & sleep 1000")).await;
