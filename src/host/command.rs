@@ -263,6 +263,7 @@ pub fn left_of_session(leader: &Identity, cgroup: &str) -> Result<Vec<Identity>>
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stat {
     state: u8,
+    parent: u32,
     group: u32,
     session: u32,
     start_ticks: u64,
@@ -274,7 +275,7 @@ fn read_stat(pid: u32) -> Result<Stat> {
     parse_stat(&text).ok_or_else(|| Error::unknown(format!("cannot parse {path}")))
 }
 
-/// Fields 3, 5, 6 and 22.
+/// Fields 3 to 6, and 22.
 fn parse_stat(text: &[u8]) -> Option<Stat> {
     // The program's name is in parentheses and may contain any character, so fields are counted from the last one.
     let after_name = text.iter().rposition(|byte| *byte == b')')? + 1;
@@ -283,7 +284,8 @@ fn parse_stat(text: &[u8]) -> Option<Stat> {
         .split_ascii_whitespace();
     Some(Stat {
         state: *fields.next()?.as_bytes().first()?,
-        group: fields.nth(1)?.parse().ok()?,
+        parent: fields.next()?.parse().ok()?,
+        group: fields.next()?.parse().ok()?,
         session: fields.next()?.parse().ok()?,
         start_ticks: fields.nth(15)?.parse().ok()?,
     })
@@ -780,6 +782,22 @@ impl Reaper {
             Arc::clone(&owned.slot.pidfd),
             Box::pin(async move { owned.wait().await }),
         ))
+    }
+
+    /// Whether a program that was started here may have made that process: it is a child of such a program which still runs, or has
+    /// become ours, and nobody has taken it over. What programs tell about pids is not to be believed without that.
+    pub fn may_be_left_to_us(&self, pid: u32) -> bool {
+        let own = std::process::id();
+        let is_owned = |pid: u32| self.lock().owned.contains_key(&pid);
+        let Ok(process) = read_stat(pid) else { return false };
+        if process.parent == own {
+            return !is_owned(pid);
+        }
+        // The processes of containers have owned parents too, but those lead sessions of their own.
+        let (Ok(parent), Ok(us)) = (read_stat(process.parent), read_stat(own)) else {
+            return false;
+        };
+        parent.parent == own && is_owned(process.parent) && parent.session == us.session
     }
 
     /// While the guard lives, strangers are not reaped: a launch is in flight whose pid is not known yet.

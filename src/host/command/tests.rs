@@ -256,6 +256,7 @@ fn the_name_of_a_program_cannot_forge_its_start_time() {
     let line = b"42 (a) R 1 (b\n) c) S 1 42 43 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 777 2000 100\n";
     let stat = Stat {
         state: b'S',
+        parent: 1,
         group: 42,
         session: 43,
         start_ticks: 777,
