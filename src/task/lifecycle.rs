@@ -27,7 +27,7 @@ use super::{
     stdio::{self, Stdio},
 };
 use crate::{
-    backend::{Backend, BoxFuture, CheckpointOptions, ChildIo, ExecSpec, Exit, Launched, check_id},
+    backend::{Backend, BoxFuture, CheckpointOptions, ChildIo, ExecSpec, Exit, Launched, Observed, check_id},
     error::{Error, Kind, Result},
     host::{
         cgroup::{Cgroup, Metrics, OomWatch},
@@ -262,9 +262,9 @@ impl Task {
         let born = match born {
             Ok(born) => born,
             Err(e) => {
-                self.init.keep_io(io);
-                self.init.shift(Phase::Starting, Phase::Created);
-                return Err(e.context(format!("cannot start task {}", self.id())));
+                let error = e.context(format!("cannot start task {}", self.id()));
+                self.start_failed(io).await;
+                return Err(error);
             }
         };
         if born.is_some()
@@ -287,6 +287,24 @@ impl Task {
             self.supervise_init(exit);
         }
         Ok(pid)
+    }
+
+    /// Finds out what a failed start has left: a container as before, or one whose program runs all the same.
+    async fn start_failed(&self, io: Option<ChildIo>) {
+        let alive = self.init.pidfd().is_some_and(|init| !init.has_exited());
+        if alive && let Ok(Observed::Running { pid }) = self.backend.observe(&self.record()).await {
+            self.publish(
+                Event::Start {
+                    container_id: self.id(),
+                    pid,
+                },
+                SystemTime::now(),
+            );
+            self.init.shift(Phase::Starting, Phase::Running);
+            return;
+        }
+        self.init.keep_io(io);
+        self.init.shift(Phase::Starting, Phase::Created);
     }
 
     async fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<u32> {
@@ -520,11 +538,16 @@ impl Task {
 
     async fn signal_one(&self, process: &Process, pidfd: &Pidfd, signal: i32) -> Result<()> {
         pidfd.signal(signal)?;
-        let frozen = matches!(self.init.phase(), Phase::Paused | Phase::Pausing);
-        if signal == libc::SIGKILL && frozen && Arc::as_ptr(&self.init) == std::ptr::from_ref(process) {
-            // A frozen v1 cgroup keeps even a killed process; v2 lets it go.
-            let cgroup = self.cgroup()?;
-            if !cgroup.is_v2() {
+        let is_init = Arc::as_ptr(&self.init) == std::ptr::from_ref(process);
+        // A frozen v1 cgroup keeps even a killed process; v2 lets it go.
+        if signal == libc::SIGKILL
+            && is_init
+            && let Ok(cgroup) = self.cgroup()
+            && !cgroup.is_v2()
+        {
+            let paused = matches!(self.init.phase(), Phase::Paused | Phase::Pausing);
+            // Others than us may freeze it, too.
+            if paused || cgroup.is_frozen().unwrap_or(false) {
                 cgroup.thaw(FREEZE_BOUND).await?;
             }
         }
@@ -768,7 +791,7 @@ impl Task {
     async fn end_created(&self) -> Result<()> {
         match self.init.pidfd() {
             Some(pidfd) => {
-                pidfd.signal(libc::SIGKILL).or_else(gone_is_fine)?;
+                self.signal_one(&self.init, &pidfd, libc::SIGKILL).await.or_else(gone_is_fine)?;
                 self.init.wait_bounded(KILL_BOUND, "init of a created container").await
             }
             // Not born yet (a backend that gives birth in Start): nothing to end.
