@@ -27,7 +27,7 @@ use super::{
     stdio::{self, Stdio},
 };
 use crate::{
-    backend::{Backend, BoxFuture, CheckpointOptions, ChildIo, ExecSpec, Exit, Launched, check_id},
+    backend::{Backend, BoxFuture, CheckpointOptions, ChildIo, ExecSpec, Exit, Launched, Observed, check_id},
     error::{Error, Kind, Result},
     host::{
         cgroup::{Cgroup, Metrics, OomWatch},
@@ -62,6 +62,13 @@ pub struct Task {
 struct Exec {
     process: Arc<Process>,
     spec: Arc<ExecSpec>,
+}
+
+/// Whether somebody may ask again for what could not be removed.
+#[derive(Debug, Clone, Copy)]
+enum Chance {
+    NotLast,
+    Last,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -173,7 +180,7 @@ impl Task {
                 Ok(pid)
             }
             Err(error) => {
-                if let Err(undo) = self.remove_everything().await {
+                if let Err(undo) = self.remove_everything(Chance::Last).await {
                     log::error!("cannot undo the create of {}: {undo}", request.id);
                 }
                 self.init.set(Phase::Deleted);
@@ -255,9 +262,9 @@ impl Task {
         let born = match born {
             Ok(born) => born,
             Err(e) => {
-                self.init.keep_io(io);
-                self.init.shift(Phase::Starting, Phase::Created);
-                return Err(e.context(format!("cannot start task {}", self.id())));
+                let error = e.context(format!("cannot start task {}", self.id()));
+                self.start_failed(io).await;
+                return Err(error);
             }
         };
         if born.is_some()
@@ -280,6 +287,24 @@ impl Task {
             self.supervise_init(exit);
         }
         Ok(pid)
+    }
+
+    /// Finds out what a failed start has left: a container as before, or one whose program runs all the same.
+    async fn start_failed(&self, io: Option<ChildIo>) {
+        let alive = self.init.pidfd().is_some_and(|init| !init.has_exited());
+        if alive && let Ok(Observed::Running { pid }) = self.backend.observe(&self.record()).await {
+            self.publish(
+                Event::Start {
+                    container_id: self.id(),
+                    pid,
+                },
+                SystemTime::now(),
+            );
+            self.init.shift(Phase::Starting, Phase::Running);
+            return;
+        }
+        self.init.keep_io(io);
+        self.init.shift(Phase::Starting, Phase::Created);
     }
 
     async fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<u32> {
@@ -513,11 +538,16 @@ impl Task {
 
     async fn signal_one(&self, process: &Process, pidfd: &Pidfd, signal: i32) -> Result<()> {
         pidfd.signal(signal)?;
-        let frozen = matches!(self.init.phase(), Phase::Paused | Phase::Pausing);
-        if signal == libc::SIGKILL && frozen && Arc::as_ptr(&self.init) == std::ptr::from_ref(process) {
-            // A frozen v1 cgroup keeps even a killed process; v2 lets it go.
-            let cgroup = self.cgroup()?;
-            if !cgroup.is_v2() {
+        let is_init = Arc::as_ptr(&self.init) == std::ptr::from_ref(process);
+        // A frozen v1 cgroup keeps even a killed process; v2 lets it go.
+        if signal == libc::SIGKILL
+            && is_init
+            && let Ok(cgroup) = self.cgroup()
+            && !cgroup.is_v2()
+        {
+            let paused = matches!(self.init.phase(), Phase::Paused | Phase::Pausing);
+            // Others than us may freeze it, too.
+            if paused || cgroup.is_frozen().unwrap_or(false) {
                 cgroup.thaw(FREEZE_BOUND).await?;
             }
         }
@@ -741,7 +771,7 @@ impl Task {
             exec.process.set(Phase::Deleted);
         }
         self.drain(&self.init).await;
-        if let Err(e) = self.remove_everything().await {
+        if let Err(e) = self.remove_everything(Chance::NotLast).await {
             self.init.set(Phase::Stopped);
             return Err(e.context(format!("cannot delete task {}", self.id())));
         }
@@ -762,7 +792,7 @@ impl Task {
     async fn end_created(&self) -> Result<()> {
         match self.init.pidfd() {
             Some(pidfd) => {
-                pidfd.signal(libc::SIGKILL).or_else(gone_is_fine)?;
+                self.signal_one(&self.init, &pidfd, libc::SIGKILL).await.or_else(gone_is_fine)?;
                 self.init.wait_bounded(KILL_BOUND, "init of a created container").await
             }
             // Not born yet (a backend that gives birth in Start): nothing to end.
@@ -786,12 +816,16 @@ impl Task {
     }
 
     /// Undoes what Create did, in the reverse order; goes on past errors.
-    async fn remove_everything(&self) -> Result<()> {
+    async fn remove_everything(&self, chance: Chance) -> Result<()> {
         self.init.take_io();
         self.init.take_stdio();
         let record = self.record();
         let mut errors = Vec::new();
-        errors.extend(self.backend.delete(&record).await.err());
+        let deleted = match (self.backend.delete(&record).await, chance) {
+            (Err(e), Chance::Last) => self.backend.erase(&record, e).await,
+            (deleted, _) => deleted,
+        };
+        errors.extend(deleted.err());
         if let (Some(pidfd), None) = (self.init.pidfd(), self.init.exit()) {
             // The create failed after init was born; the backend knows it or not, it must go.
             errors.extend(pidfd.signal(libc::SIGKILL).or_else(gone_is_fine).err());
