@@ -16,7 +16,10 @@ use async_trait::async_trait;
 use proxmox_lxcri::{
     backend::{Backend, ChildIo, ExecSpec, Exit, Launched, Observed},
     error::{Error, Kind, Result},
-    host::command::{Command, Reaper},
+    host::{
+        cgroup::{self, Cgroup},
+        command::{Command, Reaper},
+    },
     task::{
         Cleaned, CreateRequest, Engine, Task,
         bundle::Bundle,
@@ -434,6 +437,69 @@ async fn a_create_that_fails_is_undone_and_tells_nothing() {
     assert!(!world.record_exists("a"));
     assert!(world.told().is_empty());
     world.running("a", "exit 0").await;
+}
+
+/// A program in a cgroup that no container made; both go at the end.
+struct Stranger {
+    process: std::process::Child,
+    name: String,
+}
+
+impl Stranger {
+    fn new(name: &str) -> Self {
+        let process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let name = format!("lxcri-stranger-{name}-{}", std::process::id());
+        cgroup::join(&name, process.id()).unwrap();
+        Self { process, name }
+    }
+
+    fn lives(&mut self) -> bool {
+        self.process.try_wait().unwrap().is_none()
+    }
+
+    async fn leave(mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        let folder = Cgroup::expected(Some(&self.name), false, "x").unwrap().unwrap();
+        folder.remove(BOUND).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_create_in_the_cgroup_of_others_is_refused_and_spares_them() {
+    let world = world();
+    let mut stranger = Stranger::new("path");
+    // By its path, and by an id that is the name of a cgroup.
+    let name = stranger.name.clone();
+    for (id, path) in [("a", Some(&name)), (name.as_str(), None)] {
+        let mut request = world.request(id, "exit 0");
+        let config = serde_json::json!({"linux": {"cgroupsPath": path}});
+        std::fs::write(request.bundle.join("config.json"), config.to_string()).unwrap();
+        // Fails after the record is on disk.
+        request.stdio.stdout = "/nonexistent/fifo".into();
+        refused(
+            world.engine.create(request).await,
+            Kind::FailedPrecondition,
+            "holds processes of somebody else",
+        );
+        assert!(!world.record_exists(id));
+        assert!(stranger.lives());
+    }
+    assert!(world.fake.calls.lock().unwrap().is_empty());
+    stranger.leave().await;
+}
+
+#[tokio::test]
+async fn a_cgroup_path_that_leaves_the_hierarchy_is_refused_before_anything_is_done() {
+    let world = world();
+    let request = world.request("a", "exit 0");
+    std::fs::write(
+        request.bundle.join("config.json"),
+        r#"{"linux": {"cgroupsPath": "/a/../../b"}}"#,
+    )
+    .unwrap();
+    refused(world.engine.create(request).await, Kind::InvalidArgument, "cgroup path");
+    assert!(!world.record_exists("a"));
 }
 
 #[tokio::test]

@@ -2,10 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    os::{
-        fd::AsRawFd,
-        unix::process::CommandExt,
-    },
+    os::{fd::AsRawFd, unix::process::CommandExt},
     process::Stdio,
     sync::{Arc, Mutex},
 };
@@ -16,7 +13,9 @@ use crate::support::{image, node, until};
 fn a_run_shows_the_output_and_exits_with_the_containers_status() {
     node(async |node| {
         let id = format!("run-{}", node.namespace);
-        let run = node.ctr_run(&["--rm"], &id, &["sh", "-c", "echo out; echo err >&2; exit 7"]).await;
+        let run = node
+            .ctr_run(&["--rm"], &id, &["sh", "-c", "echo out; echo err >&2; exit 7"])
+            .await;
         run.assert_status(7);
         assert_eq!(run.stdout, "out\n");
         assert!(run.stderr.contains("err\n"), "{}", run.stderr);
@@ -42,7 +41,8 @@ fn a_run_with_a_terminal_takes_the_size_of_the_callers() {
         let id = format!("tty-{}", node.namespace);
         let mut arguments = vec!["run", "--rm", "--tty"];
         arguments.extend(node.ctr_runtime());
-        let script = "tty; while [ \"$(stty size)\" != '33 111' ]; do :; done; echo sized; read word; echo word $word; exit 5";
+        let script =
+            "tty; while [ \"$(stty size)\" != '33 111' ]; do :; done; echo sized; read word; echo word $word; exit 5";
         arguments.extend([image::BUSYBOX, &id, "sh", "-c", script]);
         let size = nix::pty::Winsize {
             ws_row: 33,
@@ -68,14 +68,19 @@ fn a_run_with_a_terminal_takes_the_size_of_the_callers() {
         let mut child = command.spawn().unwrap();
         drop((command, slave));
         assert!(pty.master.as_raw_fd() > 2);
-        let (mut reader, mut writer) = (std::fs::File::from(pty.master.try_clone().unwrap()), std::fs::File::from(pty.master));
+        let (mut reader, mut writer) = (
+            std::fs::File::from(pty.master.try_clone().unwrap()),
+            std::fs::File::from(pty.master),
+        );
         let seen = Arc::new(Mutex::new(String::new()));
         let list = seen.clone();
         std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             // EIO: the last holder of the other side has gone.
             while let Ok(count @ 1..) = reader.read(&mut buffer) {
-                list.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..count]));
+                list.lock()
+                    .unwrap()
+                    .push_str(&String::from_utf8_lossy(&buffer[..count]));
             }
         });
         let shows = async |text: &str| {
@@ -85,7 +90,10 @@ fn a_run_with_a_terminal_takes_the_size_of_the_callers() {
         shows("sized").await;
         writer.write_all(b"hello\n").unwrap();
         shows("word hello").await;
-        let status = tokio::task::spawn_blocking(move || child.wait()).await.unwrap().unwrap();
+        let status = tokio::task::spawn_blocking(move || child.wait())
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!(status.code(), Some(5), "{}", seen.lock().unwrap());
     });
 }
@@ -94,17 +102,31 @@ fn a_run_with_a_terminal_takes_the_size_of_the_callers() {
 fn a_detached_container_is_listed_entered_paused_measured_and_killed() {
     node(async |node| {
         let id = &format!("long-{}", node.namespace);
-        node.ctr_run(&["--detach", "--null-io"], id, &["sleep", "1000"]).await.assert_ok();
+        node.ctr_run(&["--detach", "--null-io"], id, &["sleep", "1000"])
+            .await
+            .assert_ok();
         let status = async || {
             let list = node.ctr(&["tasks", "list"]).await;
-            let line = list.assert_ok().stdout.lines().find(|line| line.starts_with(id.as_str()));
-            line.unwrap_or_else(|| panic!("{id} is not listed")).split_whitespace().nth(2).unwrap().to_string()
+            let line = list
+                .assert_ok()
+                .stdout
+                .lines()
+                .find(|line| line.starts_with(id.as_str()));
+            line.unwrap_or_else(|| panic!("{id} is not listed"))
+                .split_whitespace()
+                .nth(2)
+                .unwrap()
+                .to_string()
         };
         assert_eq!(status().await, "RUNNING");
 
-        let exec = node.ctr(&["tasks", "exec", "--exec-id", "one", id, "sh", "-c", "echo in; exit 3"]).await;
+        let exec = node
+            .ctr(&["tasks", "exec", "--exec-id", "one", id, "sh", "-c", "echo in; exit 3"])
+            .await;
         assert_eq!(exec.assert_status(3).stdout, "in\n");
-        let exec = node.ctr(&["tasks", "exec", "--exec-id", "two", "--cwd", "/tmp", id, "pwd"]).await;
+        let exec = node
+            .ctr(&["tasks", "exec", "--exec-id", "two", "--cwd", "/tmp", id, "pwd"])
+            .await;
         assert_eq!(exec.assert_ok().stdout, "/tmp\n");
 
         node.ctr(&["tasks", "pause", id]).await.assert_ok();
@@ -117,11 +139,18 @@ fn a_detached_container_is_listed_entered_paused_measured_and_killed() {
         let metrics = node.ctr(&["tasks", "metrics", id]).await;
         assert!(metrics.assert_ok().stdout.contains("memory"), "{}", metrics.stdout);
 
-        node.ctr(&["tasks", "delete", id]).await.assert_fails_with("must be stopped before deletion");
-        node.ctr(&["tasks", "kill", "--signal", "SIGKILL", id]).await.assert_ok();
+        node.ctr(&["tasks", "delete", id])
+            .await
+            .assert_fails_with("must be stopped before deletion");
+        node.ctr(&["tasks", "kill", "--signal", "SIGKILL", id])
+            .await
+            .assert_ok();
         until("it stopped", async || (status().await == "STOPPED").then_some(())).await;
         let deleted = node.ctr(&["tasks", "delete", id]).await;
-        assert!(deleted.assert_ok().stderr.contains("non-zero exit code 137"), "{deleted:?}");
+        assert!(
+            deleted.assert_ok().stderr.contains("non-zero exit code 137"),
+            "{deleted:?}"
+        );
         node.ctr(&["containers", "delete", id]).await.assert_ok();
     });
 }
@@ -133,15 +162,23 @@ fn an_attached_client_sees_the_rest_and_the_exit() {
         let folder = node.folder("gate");
         let gate = format!("type=bind,src={},dst=/gate,options=rbind:rw", folder.display());
         let script = "while [ ! -e /gate/open ]; do sleep 0.01; done; echo late; exit 6";
-        node.ctr_run(&["--detach", "--null-io", "--mount", &gate], id, &["sh", "-c", script]).await.assert_ok();
+        node.ctr_run(&["--detach", "--null-io", "--mount", &gate], id, &["sh", "-c", script])
+            .await
+            .assert_ok();
         let attach = async { node.ctr(&["tasks", "attach", id]).await };
         let open = async { std::fs::write(folder.join("open"), "").unwrap() };
         let (attached, ()) = tokio::join!(attach, open);
         // With --null-io there is nothing to see, but the exit status comes. (A container that had ended is not found.)
-        assert!(attached.status == 6 || attached.stderr.contains("not found"), "{attached:?}");
+        assert!(
+            attached.status == 6 || attached.stderr.contains("not found"),
+            "{attached:?}"
+        );
         until("it stopped", async || {
             let list = node.ctr(&["tasks", "list"]).await;
-            let stopped = list.stdout.lines().any(|line| line.starts_with(id.as_str()) && line.contains("STOPPED"));
+            let stopped = list
+                .stdout
+                .lines()
+                .any(|line| line.starts_with(id.as_str()) && line.contains("STOPPED"));
             (stopped || !list.stdout.contains(id.as_str())).then_some(())
         })
         .await;
@@ -157,7 +194,9 @@ fn a_run_logs_to_a_uri() {
         let folder = node.folder("ctr-log");
         let uri = format!("file://{}/log", folder.display());
         let id = &format!("log-{}", node.namespace);
-        node.ctr_run(&["--detach", "--log-uri", &uri], id, &["echo", "logged"]).await.assert_ok();
+        node.ctr_run(&["--detach", "--log-uri", &uri], id, &["echo", "logged"])
+            .await
+            .assert_ok();
         until("the line was logged", async || {
             let text = std::fs::read_to_string(folder.join("log")).unwrap_or_default();
             (text == "logged\n").then_some(())
@@ -183,11 +222,22 @@ fn wrong_inputs_are_clear_errors_and_leave_nothing() {
             all.extend(flags);
             node.ctr_run(&all, id, command).await
         };
-        run(&[], &["no-such-program"]).await.assert_fails_with("no-such-program");
+        run(&[], &["no-such-program"])
+            .await
+            .assert_fails_with("no-such-program");
         run(&["--cwd", "relative"], &["true"]).await.assert_fails_with("");
-        run(&["--mount", "type=bind,src=/no/such/source,dst=/x,options=rbind"], &["true"]).await.assert_fails_with("no");
-        run(&["--with-ns", "network:/no/such/namespace"], &["true"]).await.assert_fails_with("no");
-        run(&["--log-uri", "binary:///no/such/logger"], &["true"]).await.assert_fails_with("no");
+        run(
+            &["--mount", "type=bind,src=/no/such/source,dst=/x,options=rbind"],
+            &["true"],
+        )
+        .await
+        .assert_fails_with("no");
+        run(&["--with-ns", "network:/no/such/namespace"], &["true"])
+            .await
+            .assert_fails_with("no");
+        run(&["--log-uri", "binary:///no/such/logger"], &["true"])
+            .await
+            .assert_fails_with("no");
 
         for bad in ["a/b", "..", "", "a b"] {
             let outcome = node.ctr_run(&["--rm"], bad, &["true"]).await;
@@ -197,11 +247,21 @@ fn wrong_inputs_are_clear_errors_and_leave_nothing() {
         arguments.extend(node.ctr_runtime());
         arguments.extend(["lxcri.test/no-such-image:1", id, "true"]);
         node.ctr(&arguments).await.assert_fails_with("not found");
-        let unknown = ["run", "--rm", "--runtime", "io.containerd.no-such.v1", image::BUSYBOX, id, "true"];
+        let unknown = [
+            "run",
+            "--rm",
+            "--runtime",
+            "io.containerd.no-such.v1",
+            image::BUSYBOX,
+            id,
+            "true",
+        ];
         node.ctr(&unknown).await.assert_fails_with("no-such");
 
         node.ctr(&["tasks", "kill", id]).await.assert_fails_with("not found");
-        node.ctr(&["tasks", "exec", "--exec-id", "x", id, "true"]).await.assert_fails_with("not found");
+        node.ctr(&["tasks", "exec", "--exec-id", "x", id, "true"])
+            .await
+            .assert_fails_with("not found");
         node.ctr(&["tasks", "pause", id]).await.assert_fails_with("not found");
         node.ctr(&["tasks", "delete", id]).await.assert_fails_with("not found");
     });
@@ -211,18 +271,31 @@ fn wrong_inputs_are_clear_errors_and_leave_nothing() {
 fn an_id_is_taken_once() {
     node(async |node| {
         let id = &format!("twice-{}", node.namespace);
-        node.ctr_run(&["--detach", "--null-io"], id, &["sleep", "1000"]).await.assert_ok();
-        node.ctr_run(&["--detach", "--null-io"], id, &["true"]).await.assert_fails_with("already exists");
-        node.ctr(&["tasks", "exec", "--exec-id", "bad/id", id, "true"]).await.assert_fails_with("");
-        node.ctr(&["tasks", "exec", "--exec-id", "x", id, "no-such-program"]).await.assert_fails_with("no-such-program");
-        node.ctr(&["tasks", "kill", "--all", "--signal", "9", id]).await.assert_ok();
+        node.ctr_run(&["--detach", "--null-io"], id, &["sleep", "1000"])
+            .await
+            .assert_ok();
+        node.ctr_run(&["--detach", "--null-io"], id, &["true"])
+            .await
+            .assert_fails_with("already exists");
+        node.ctr(&["tasks", "exec", "--exec-id", "bad/id", id, "true"])
+            .await
+            .assert_fails_with("");
+        node.ctr(&["tasks", "exec", "--exec-id", "x", id, "no-such-program"])
+            .await
+            .assert_fails_with("no-such-program");
+        node.ctr(&["tasks", "kill", "--all", "--signal", "9", id])
+            .await
+            .assert_ok();
         until("it stopped", async || {
             let list = node.ctr(&["tasks", "list"]).await.stdout;
             list.contains("STOPPED").then_some(())
         })
         .await;
         let deleted = node.ctr(&["tasks", "delete", id]).await;
-        assert!(deleted.assert_ok().stderr.contains("non-zero exit code 137"), "{deleted:?}");
+        assert!(
+            deleted.assert_ok().stderr.contains("non-zero exit code 137"),
+            "{deleted:?}"
+        );
         node.ctr(&["containers", "delete", id]).await.assert_ok();
     });
 }

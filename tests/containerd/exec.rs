@@ -58,7 +58,10 @@ fn a_missing_program_is_named_to_the_client_of_an_exec() {
         let error = exec.start().await.unwrap_err();
         assert!(error.message().contains("OCI runtime exec failed"), "{error:?}");
         if node.runtime.is_ours() || node.runtime.program() == "runc" {
-            assert!(error.message().contains("executable file not found in $PATH"), "{error:?}");
+            assert!(
+                error.message().contains("executable file not found in $PATH"),
+                "{error:?}"
+            );
         }
         exec.delete().await.unwrap();
         drop(exec);
@@ -151,7 +154,9 @@ fn pids_name_the_execs() {
         pids.sort_unstable();
         let mut expected = [(task.pid, String::new()), (pid, "named".to_string())];
         // Go's shim gives init no details or its own id.
-        pids.iter_mut().filter(|(other, _)| *other == task.pid).for_each(|(_, id)| id.clear());
+        pids.iter_mut()
+            .filter(|(other, _)| *other == task.pid)
+            .for_each(|(_, id)| id.clear());
         expected.sort_unstable();
         assert_eq!(pids, expected);
         exec.kill(libc::SIGKILL).await.unwrap();

@@ -17,8 +17,15 @@ fn send(pid: u32, signal: i32) {
 #[test]
 fn containerd_dies_and_finds_its_containers_again() {
     node(async |node| {
-        let talker = node.sh("talker", "while read line; do echo got $line; done; exit 5").stdin().start().await;
-        let ender = node.sh("ender", "trap 'exit 9' TERM; echo ready; while :; do sleep 0.01; done").start().await;
+        let talker = node
+            .sh("talker", "while read line; do echo got $line; done; exit 5")
+            .stdin()
+            .start()
+            .await;
+        let ender = node
+            .sh("ender", "trap 'exit 9' TERM; echo ready; while :; do sleep 0.01; done")
+            .start()
+            .await;
         let paused = node.container("paused", &["sleep", "1000"]).start().await;
         paused.pause().await.unwrap();
         let exec = talker.exec("exec", &["sleep", "1000"]).await;
@@ -48,7 +55,14 @@ fn containerd_dies_and_finds_its_containers_again() {
         stdin.write(b"after\n").await;
         talker.io.stdout.until("got before\ngot meanwhile\ngot after\n").await;
         assert_eq!(talker.ask("ask", "echo still here").await, "still here\n");
-        assert!(talker.pids().await.unwrap().iter().any(|(pid, id)| *pid == exec_pid && id == "exec"));
+        assert!(
+            talker
+                .pids()
+                .await
+                .unwrap()
+                .iter()
+                .any(|(pid, id)| *pid == exec_pid && id == "exec")
+        );
         exec.kill(libc::SIGKILL).await.unwrap();
         assert_eq!(exec.wait().await.status, 137);
         exec.delete().await.unwrap();
@@ -67,14 +81,19 @@ fn containerd_dies_and_finds_its_containers_again() {
         paused.resume().await.unwrap();
         paused.end().await;
         // ender, ask, exec, talker, paused: each of them once.
-        until("all exits are told", async || (exits_forwarded(&node.log()[log_before..]) >= 5).then_some(())).await;
+        until("all exits are told", async || {
+            (exits_forwarded(&node.log()[log_before..]) >= 5).then_some(())
+        })
+        .await;
         assert_eq!(exits_forwarded(&node.log()[log_before..]), 5);
     });
 }
 
 /// The number of exit events in a piece of the daemon's log.
 fn exits_forwarded(log: &str) -> usize {
-    log.lines().filter(|line| line.contains("event forwarded") && line.contains("topic=/tasks/exit ")).count()
+    log.lines()
+        .filter(|line| line.contains("event forwarded") && line.contains("topic=/tasks/exit "))
+        .count()
 }
 
 #[test]
@@ -91,7 +110,10 @@ fn a_shim_that_is_killed_takes_its_container_along() {
         send(shims[0].pid, libc::SIGKILL);
         let id = task.id.clone();
         let about = events.until(&id, |event| event.topic == "exit").await;
-        let exit = about.iter().find(|event| event.topic == "exit" && event.id == id).unwrap();
+        let exit = about
+            .iter()
+            .find(|event| event.topic == "exit" && event.id == id)
+            .unwrap();
         assert_eq!(exit.status, 137, "{exit:?}");
         until("the task is forgotten", async || {
             let error = task.state("").await.err()?;
@@ -132,7 +154,11 @@ fn a_shim_ignores_sigterm_while_its_container_lives() {
         if !node.is_for_ours("ends on SIGTERM") {
             return;
         }
-        let task = node.sh("session", "while read line; do echo got $line; done").stdin().start().await;
+        let task = node
+            .sh("session", "while read line; do echo got $line; done")
+            .stdin()
+            .start()
+            .await;
         let shim = node.shims().remove(0);
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGPIPE] {
             send(shim.pid, signal);
@@ -153,7 +179,9 @@ fn a_shim_outlives_neither_its_container_nor_a_failed_create() {
         task.wait().await;
         task.finish().await;
         until("its shim ended", async || node.shims().is_empty().then_some(())).await;
-        let broken = node.container("never", &["true"]).edit(|spec| spec["root"]["path"] = "/no/such".into());
+        let broken = node
+            .container("never", &["true"])
+            .edit(|spec| spec["root"]["path"] = "/no/such".into());
         assert!(broken.rootfs(vec![]).try_create().await.is_err());
         until("its shim ended", async || node.shims().is_empty().then_some(())).await;
     });
@@ -185,8 +213,10 @@ fn a_client_that_gives_up_leaves_no_half_container() {
                     task.unwrap().end().await;
                 }
                 Err(_) => {
-                    until("what was made can be removed", async || node.remove_whatever_is_there(&id).await.then_some(()))
-                        .await;
+                    until("what was made can be removed", async || {
+                        node.remove_whatever_is_there(&id).await.then_some(())
+                    })
+                    .await;
                 }
             }
         }

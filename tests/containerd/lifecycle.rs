@@ -37,7 +37,10 @@ fn fifty_containers_that_exit_at_once_tell_it_in_order_and_once() {
                 let about = events.until_deleted(&id).await;
                 assert_eq!(topics(&about), ["create", "start", "exit", "delete"], "{id}");
                 assert!(about.iter().all(|event| event.pid == pid), "{about:?}");
-                assert_eq!((about[2].id.as_str(), about[2].status, about[3].status), (id.as_str(), 3, 3));
+                assert_eq!(
+                    (about[2].id.as_str(), about[2].status, about[3].status),
+                    (id.as_str(), 3, 3)
+                );
             }
         }
     });
@@ -63,7 +66,10 @@ fn an_execs_events_come_in_order_and_before_inits_exit() {
         task.finish().await;
 
         let about = events.until_deleted(&id).await;
-        let told: Vec<(&str, &str)> = about.iter().map(|event| (event.topic.as_str(), event.id.as_str())).collect();
+        let told: Vec<(&str, &str)> = about
+            .iter()
+            .map(|event| (event.topic.as_str(), event.id.as_str()))
+            .collect();
         let mut expected = vec![
             ("create", ""),
             ("start", ""),
@@ -85,7 +91,10 @@ fn an_execs_events_come_in_order_and_before_inits_exit() {
         } else {
             assert_eq!(told, expected);
         }
-        let exit = about.iter().find(|event| event.topic == "exit" && event.id == "long").unwrap();
+        let exit = about
+            .iter()
+            .find(|event| event.topic == "exit" && event.id == "long")
+            .unwrap();
         assert_eq!((exit.pid, exit.status), (long_pid, 137));
     });
 }
@@ -128,20 +137,29 @@ fn the_status_follows_the_task() {
         let id = task.id.clone();
         task.finish().await;
         let about = events.until_deleted(&id).await;
-        assert_eq!(topics(&about), ["create", "start", "paused", "resumed", "exit", "delete"]);
+        assert_eq!(
+            topics(&about),
+            ["create", "start", "paused", "resumed", "exit", "delete"]
+        );
     });
 }
 
 #[test]
 fn a_paused_container_does_not_move_and_can_be_killed() {
     node(async |node| {
-        let task = node.sh("pause", "while read line; do echo got $line; done").stdin().start().await;
+        let task = node
+            .sh("pause", "while read line; do echo got $line; done")
+            .stdin()
+            .start()
+            .await;
         let mut stdin = task.io.stdin().await;
         stdin.write(b"one\n").await;
         task.io.stdout.until("got one").await;
         task.pause().await.unwrap();
         stdin.write(b"two\n").await;
-        let error = task.try_exec("late", crate::support::task::process(&["true"]), false).await;
+        let error = task
+            .try_exec("late", crate::support::task::process(&["true"]), false)
+            .await;
         let text = match error {
             Err(error) => error.message().to_string(),
             Ok(exec) => {
@@ -301,7 +319,11 @@ fn a_shared_pid_namespace_leaves_no_process_behind_init() {
             namespaces.retain(|namespace| namespace["type"] != json!("pid"));
         };
         // The child holds the output open; it must not hang Delete.
-        let task = node.sh("shared", "sleep 1000 & echo left; exit 4").edit(without_pid).start().await;
+        let task = node
+            .sh("shared", "sleep 1000 & echo left; exit 4")
+            .edit(without_pid)
+            .start()
+            .await;
         assert_eq!(task.wait().await.status, 4);
         task.delete().await.unwrap();
         assert_eq!(task.io.stdout.text().await, "left\n");

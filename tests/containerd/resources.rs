@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use containerd_shim_protos::{cgroups::metrics::Metrics as MetricsV1, cgroups_v2::metrics::Metrics as MetricsV2, protobuf::Message};
+use containerd_shim_protos::{
+    cgroups::metrics::Metrics as MetricsV1, cgroups_v2::metrics::Metrics as MetricsV2, protobuf::Message,
+};
 use serde_json::json;
 
 use crate::support::{events::Events, node, universe::cgroups_named, until};
@@ -15,7 +17,11 @@ fn unified() -> bool {
 /// A file of a container's cgroup, `v1` as "controller/file".
 fn cgroup_file(namespace: &str, id: &str, v1: &str, v2: &str) -> String {
     let path = match (unified(), v1.split_once('/')) {
-        (false, Some((controller, file))) => PathBuf::from("/sys/fs/cgroup").join(controller).join(namespace).join(id).join(file),
+        (false, Some((controller, file))) => PathBuf::from("/sys/fs/cgroup")
+            .join(controller)
+            .join(namespace)
+            .join(id)
+            .join(file),
         _ => PathBuf::from("/sys/fs/cgroup").join(namespace).join(id).join(v2),
     };
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -25,7 +31,13 @@ fn cgroup_file(namespace: &str, id: &str, v1: &str, v2: &str) -> String {
 #[test]
 fn stats_come_in_the_type_of_the_hierarchy_and_with_numbers() {
     node(async |node| {
-        let task = node.sh("stats", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo done; sleep 1000").start().await;
+        let task = node
+            .sh(
+                "stats",
+                "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo done; sleep 1000",
+            )
+            .start()
+            .await;
         task.io.stdout.until("done").await;
         let data = task.metrics().await.data.unwrap();
         let kind = data.type_url.rsplit('/').next().unwrap();
@@ -37,7 +49,10 @@ fn stats_come_in_the_type_of_the_hierarchy_and_with_numbers() {
         } else {
             assert_eq!(kind, "io.containerd.cgroups.v1.Metrics");
             let metrics = MetricsV1::parse_from_bytes(&data.value).unwrap();
-            assert!(metrics.cpu.usage.total > 0 && metrics.memory.usage.usage > 0, "{metrics:?}");
+            assert!(
+                metrics.cpu.usage.total > 0 && metrics.memory.usage.usage > 0,
+                "{metrics:?}"
+            );
             assert!(metrics.pids.current >= 1, "{metrics:?}");
         }
         task.end().await;
@@ -129,8 +144,14 @@ fn a_cgroup_that_a_stranger_entered_is_removed_all_the_same() {
         assert!(pids.iter().any(|(pid, _)| *pid == stranger.id()));
         task.kill_process("", libc::SIGKILL, true).await.unwrap();
         task.wait().await;
-        let status = tokio::task::spawn_blocking(move || stranger.wait()).await.unwrap().unwrap();
-        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGKILL));
+        let status = tokio::task::spawn_blocking(move || stranger.wait())
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!(
+            std::os::unix::process::ExitStatusExt::signal(&status),
+            Some(libc::SIGKILL)
+        );
         task.finish().await;
     });
 }

@@ -15,7 +15,10 @@ fn a_read_only_rootfs_is_read_only() {
             .await;
         assert_eq!(task.wait().await.status, 0);
         task.delete().await.unwrap();
-        assert_eq!(task.io.stdout.text().await, "touch: /file: Read-only file system\nfine\n");
+        assert_eq!(
+            task.io.stdout.text().await,
+            "touch: /file: Read-only file system\nfine\n"
+        );
         task.forget().await;
     });
 }
@@ -27,12 +30,18 @@ fn an_image_of_more_than_a_hundred_layers_is_mounted_whole() {
         let image = image::build(&folder, "layers", "lxcri.test/layers:1", &["/bin/sh"], 110).unwrap();
         std::fs::remove_dir_all(folder.join("layers.d")).unwrap_or_default();
         node.import(&image, "lxcri.test/layers:1").await;
-        let task = node.sh("layers", "cat /layer-1 /layer-110; ls / | grep -c layer-").image(&image.chain_id).start().await;
+        let task = node
+            .sh("layers", "cat /layer-1 /layer-110; ls / | grep -c layer-")
+            .image(&image.chain_id)
+            .start()
+            .await;
         assert_eq!(task.wait().await.status, 0);
         task.delete().await.unwrap();
         assert_eq!(task.io.stdout.text().await, "1\n110\n110\n");
         task.forget().await;
-        node.ctr(&["images", "remove", "--sync", "lxcri.test/layers:1"]).await.assert_ok();
+        node.ctr(&["images", "remove", "--sync", "lxcri.test/layers:1"])
+            .await
+            .assert_ok();
         std::fs::remove_dir_all(folder).unwrap();
     });
 }
@@ -45,7 +54,11 @@ fn a_user_namespace_maps_root_to_nobody_of_the_host() {
             .ctr_run(
                 &["--rm", "--uidmap", map, "--gidmap", map],
                 &format!("user-{}", node.namespace),
-                &["sh", "-c", "id -u; cat /proc/self/uid_map; stat -c %u /bin; touch /made && stat -c %u /made"],
+                &[
+                    "sh",
+                    "-c",
+                    "id -u; cat /proc/self/uid_map; stat -c %u /bin; touch /made && stat -c %u /made",
+                ],
             )
             .await;
         run.assert_ok();
@@ -68,13 +81,20 @@ fn hooks_run_with_the_state_and_at_their_time() {
             "poststop": hook("poststop"),
         });
         let order = || std::fs::read_to_string(folder.join("order")).unwrap_or_default();
-        let task = node.container("hooks", &["sleep", "1000"]).edit(|spec| spec["hooks"] = hooks).create().await;
+        let task = node
+            .container("hooks", &["sleep", "1000"])
+            .edit(|spec| spec["hooks"] = hooks)
+            .create()
+            .await;
         if node.runtime.program() != "runc" {
             // runc 1.1 runs poststart hooks when it creates.
             assert_eq!(order(), "createRuntime\n");
         }
         task.start().await.unwrap();
-        until("poststart ran", async || (order() == "createRuntime\npoststart\n").then_some(())).await;
+        until("poststart ran", async || {
+            (order() == "createRuntime\npoststart\n").then_some(())
+        })
+        .await;
         let (id, pid) = (task.id.clone(), task.pid);
         task.end().await;
         assert_eq!(order(), "createRuntime\npoststart\npoststop\n");
@@ -89,7 +109,11 @@ fn hooks_run_with_the_state_and_at_their_time() {
 fn a_hook_that_fails_fails_the_create_and_leaves_nothing() {
     node(async |node| {
         let hook = json!({"createRuntime": [{"path": "/bin/sh", "args": ["sh", "-c", "exit 3"]}]});
-        let created = node.container("bad-hook", &["true"]).edit(|spec| spec["hooks"] = hook).try_create().await;
+        let created = node
+            .container("bad-hook", &["true"])
+            .edit(|spec| spec["hooks"] = hook)
+            .try_create()
+            .await;
         match created {
             Err(error) => assert!(error.message().contains("OCI runtime create failed"), "{error:?}"),
             Ok(_) => panic!("created in spite of its hook"),
@@ -111,7 +135,10 @@ fn a_missing_program_is_named_and_nothing_is_left() {
         };
         assert!(error.message().contains("OCI runtime"), "{error:?}");
         if node.runtime.is_ours() || node.runtime.program() == "runc" {
-            assert!(error.message().contains("executable file not found in $PATH"), "{error:?}");
+            assert!(
+                error.message().contains("executable file not found in $PATH"),
+                "{error:?}"
+            );
         }
     });
 }
@@ -120,7 +147,12 @@ fn a_missing_program_is_named_and_nothing_is_left() {
 fn a_missing_rootfs_is_an_error_and_nothing_is_left() {
     node(async |node| {
         let without = |spec: &mut serde_json::Value| spec["root"]["path"] = json!("/no/such/rootfs");
-        let created = node.container("empty", &["true"]).edit(without).rootfs(vec![]).try_create().await;
+        let created = node
+            .container("empty", &["true"])
+            .edit(without)
+            .rootfs(vec![])
+            .try_create()
+            .await;
         let error = match created {
             Err(error) => error,
             Ok(task) => {
@@ -149,7 +181,11 @@ fn mounts_that_fail_half_way_are_undone() {
             source: "none".into(),
             ..bind.clone()
         };
-        let created = node.container("half", &["true"]).rootfs(vec![bind.clone(), wrong]).try_create().await;
+        let created = node
+            .container("half", &["true"])
+            .rootfs(vec![bind.clone(), wrong])
+            .try_create()
+            .await;
         assert!(created.is_err());
         drop(created);
         // The same folder works when nothing is wrong.
@@ -167,10 +203,18 @@ fn a_broken_spec_is_an_error_and_nothing_is_left() {
             |spec| *spec = json!({}),
             |spec| spec["process"]["args"] = json!([]),
             |spec| spec["linux"]["namespaces"][0]["path"] = json!("/no/such/namespace"),
-            |spec| spec["mounts"][0] = json!({"destination": "/x", "type": "bind", "source": "/no/such", "options": ["bind"]}),
+            |spec| {
+                spec["mounts"][0] =
+                    json!({"destination": "/x", "type": "bind", "source": "/no/such", "options": ["bind"]})
+            },
         ];
         for (number, change) in broken.into_iter().enumerate() {
-            match node.container(&format!("broken-{number}"), &["true"]).edit(change).try_create().await {
+            match node
+                .container(&format!("broken-{number}"), &["true"])
+                .edit(change)
+                .try_create()
+                .await
+            {
                 Err(error) => assert!(!error.message().is_empty()),
                 Ok(task) => {
                     // Refused at the start, or (an empty list of arguments) never.
@@ -207,11 +251,16 @@ fn unknown_options_are_named() {
             ..RuntimeOptions::default()
         };
         for (value, named) in [(encode(&body), "no_such_key"), (encode(&path), "/no/such/options.toml")] {
-            let task = node.container("options", &["true"]).options("runtimeoptions.v1.Options", value);
+            let task = node
+                .container("options", &["true"])
+                .options("runtimeoptions.v1.Options", value);
             let Err(error) = task.try_create().await else {
                 panic!("created with options that nobody knows");
             };
-            assert!(matches!(error.code(), Code::InvalidArgument | Code::NotFound | Code::Unknown), "{error:?}");
+            assert!(
+                matches!(error.code(), Code::InvalidArgument | Code::NotFound | Code::Unknown),
+                "{error:?}"
+            );
             assert!(error.message().contains(named), "{error:?}");
         }
     });
@@ -220,7 +269,11 @@ fn unknown_options_are_named() {
 #[test]
 fn options_of_an_unknown_type_are_an_error_and_nothing_is_left() {
     node(async |node| {
-        let created = node.container("typed", &["true"]).options("no.such.Options", vec![8, 1]).try_create().await;
+        let created = node
+            .container("typed", &["true"])
+            .options("no.such.Options", vec![8, 1])
+            .try_create()
+            .await;
         assert!(created.is_err());
     });
 }
@@ -232,8 +285,15 @@ fn a_checkpoint_without_criu_is_a_clear_error_and_the_container_goes_on() {
             // The other test covers this machine.
             return;
         }
-        let task = node.sh("frozen", "while read line; do echo got $line; done").stdin().start().await;
-        let error = task.checkpoint(node.folder("checkpoint").to_str().unwrap()).await.unwrap_err();
+        let task = node
+            .sh("frozen", "while read line; do echo got $line; done")
+            .stdin()
+            .start()
+            .await;
+        let error = task
+            .checkpoint(node.folder("checkpoint").to_str().unwrap())
+            .await
+            .unwrap_err();
         let text = error.message().to_lowercase();
         assert!(text.contains("criu") || text.contains("checkpoint"), "{error:?}");
         task.io.stdin().await.write(b"on\n").await;
@@ -268,7 +328,10 @@ fn criu_missing(node: &Node) -> Option<String> {
     let says = |program: &str, argument: &str, text: &str| {
         let output = std::process::Command::new(program).arg(argument).output();
         output.is_ok_and(|output| {
-            output.status.success() && [output.stdout, output.stderr].iter().any(|o| String::from_utf8_lossy(o).contains(text))
+            output.status.success()
+                && [output.stdout, output.stderr]
+                    .iter()
+                    .any(|o| String::from_utf8_lossy(o).contains(text))
         })
     };
     if node.runtime.program() == "crun" && !says("crun", "--version", "+CRIU") {

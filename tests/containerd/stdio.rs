@@ -6,7 +6,9 @@ use crate::support::{node, until};
 
 /// Bytes that show when one is lost, doubled or out of place.
 fn pattern(count: usize) -> Vec<u8> {
-    (0..count).map(|index| (index % 251) as u8 ^ (index / 65_536) as u8).collect()
+    (0..count)
+        .map(|index| (index % 251) as u8 ^ (index / 65_536) as u8)
+        .collect()
 }
 
 #[test]
@@ -35,7 +37,10 @@ fn stdin_arrives_and_close_io_ends_it() {
 fn close_io_ends_the_stdin_of_an_exec() {
     node(async |node| {
         let task = node.container("host", &["sleep", "1000"]).start().await;
-        let exec = task.try_exec("cat", crate::support::task::process(&["cat"]), true).await.unwrap();
+        let exec = task
+            .try_exec("cat", crate::support::task::process(&["cat"]), true)
+            .await
+            .unwrap();
         exec.start().await.unwrap();
         let mut stdin = exec.io.stdin().await;
         stdin.write(b"line\n").await;
@@ -92,14 +97,21 @@ fn eight_mebibytes_right_before_the_exit_are_complete_when_delete_returns() {
 #[test]
 fn a_reader_that_leaves_and_comes_back_misses_nothing_and_kills_nobody() {
     node(async |node| {
-        let mut task = node.sh("detach", "while read line; do echo got $line; done").stdin().start().await;
+        let mut task = node
+            .sh("detach", "while read line; do echo got $line; done")
+            .stdin()
+            .start()
+            .await;
         let mut stdin = task.io.stdin().await;
         stdin.write(b"one\n").await;
         task.io.stdout.until("got one\n").await;
         task.io.detach();
         stdin.write(b"two\n").await;
         // The container has read it when the pipe to it is empty and it sleeps in the next read; its answer is then in the fifo.
-        until("the answer waits in the fifo", async || fifo_holds(&task.io.stdout_path).then_some(())).await;
+        until("the answer waits in the fifo", async || {
+            fifo_holds(&task.io.stdout_path).then_some(())
+        })
+        .await;
         task.io.attach();
         task.io.stdout.until("got two\n").await;
         stdin.write(b"three\n").await;
@@ -115,7 +127,9 @@ fn fifo_holds(path: &str) -> bool {
     let fifo = nix::fcntl::open(path, flags, nix::sys::stat::Mode::empty()).unwrap();
     let mut wanted = [nix::poll::PollFd::new(fifo.as_fd(), nix::poll::PollFlags::POLLIN)];
     nix::poll::poll(&mut wanted, nix::poll::PollTimeout::ZERO).unwrap() == 1
-        && wanted[0].revents().is_some_and(|events| events.contains(nix::poll::PollFlags::POLLIN))
+        && wanted[0]
+            .revents()
+            .is_some_and(|events| events.contains(nix::poll::PollFlags::POLLIN))
 }
 
 #[test]
@@ -135,7 +149,12 @@ fn a_reader_that_never_reads_does_not_hang_kill_and_delete() {
 #[test]
 fn a_terminal_is_one_stream_that_can_be_resized() {
     node(async |node| {
-        let task = node.sh("tty", "tty; echo err >&2; read answer; stty size; exit $answer").tty().stdin().start().await;
+        let task = node
+            .sh("tty", "tty; echo err >&2; read answer; stty size; exit $answer")
+            .tty()
+            .stdin()
+            .start()
+            .await;
         task.io.stdout.until("/dev/pts/").await;
         task.io.stdout.until("err\r\n").await;
         task.resize("", 132, 43).await.unwrap();
@@ -185,7 +204,10 @@ fn output_goes_to_a_logger_program() {
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
         let uri = format!("binary://{}?to={}/log", program.display(), folder.display());
         let task = node
-            .sh("logged", "echo out; echo err >&2; head -c 1000000 /dev/zero | tr '\\0' z")
+            .sh(
+                "logged",
+                "echo out; echo err >&2; head -c 1000000 /dev/zero | tr '\\0' z",
+            )
             .log_to(&uri, &uri)
             .start()
             .await;
@@ -207,7 +229,10 @@ fn output_goes_to_a_logger_program() {
         assert_eq!(err, "err\n");
         let environment = std::fs::read_to_string(folder.join("log.env")).unwrap();
         assert!(environment.contains(&format!("CONTAINER_ID={id}\n")), "{environment}");
-        assert!(environment.contains(&format!("CONTAINER_NAMESPACE={}\n", node.namespace)), "{environment}");
+        assert!(
+            environment.contains(&format!("CONTAINER_NAMESPACE={}\n", node.namespace)),
+            "{environment}"
+        );
         std::fs::remove_dir_all(folder).unwrap();
     });
 }

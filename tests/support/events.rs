@@ -34,7 +34,8 @@ pub(crate) struct Event {
 impl Event {
     fn decode(topic: &str, any: &Any) -> Option<Self> {
         fn read<T: Message + Default>(any: &Any) -> T {
-            T::decode(any.value.as_slice()).unwrap_or_else(|e| panic!("event {} is not what it says: {e}", any.type_url))
+            T::decode(any.value.as_slice())
+                .unwrap_or_else(|e| panic!("event {} is not what it says: {e}", any.type_url))
         }
         let (container, id, pid, status) = match topic.strip_prefix("/tasks/")? {
             "create" => {
@@ -104,7 +105,11 @@ impl Events {
                 if envelope.topic == READY {
                     signal.notify_one();
                 }
-                if let Some(event) = envelope.event.as_ref().and_then(|any| Event::decode(&envelope.topic, any)) {
+                if let Some(event) = envelope
+                    .event
+                    .as_ref()
+                    .and_then(|any| Event::decode(&envelope.topic, any))
+                {
                     list.lock().unwrap().push(event);
                 }
             }
@@ -119,7 +124,9 @@ impl Events {
                 event: Some(event),
             };
             node.events().publish(node.request(request)).await.expect("publish");
-            tokio::time::timeout(Duration::from_millis(50), ready.notified()).await.ok()
+            tokio::time::timeout(Duration::from_millis(50), ready.notified())
+                .await
+                .ok()
         })
         .await;
         Self { seen, reader }
@@ -134,8 +141,10 @@ impl Events {
 
     /// Waits until the container's delete event came, and gives everything about it.
     pub(crate) async fn until_deleted(&self, container: &str) -> Vec<Event> {
-        self.until(container, |event| event.topic == "delete" && (event.id.is_empty() || event.id == container))
-            .await
+        self.until(container, |event| {
+            event.topic == "delete" && (event.id.is_empty() || event.id == container)
+        })
+        .await
     }
 
     /// Waits for an event about `container`, and gives everything about it so far.
@@ -149,7 +158,10 @@ impl Events {
             if events.iter().any(&wanted) {
                 return events;
             }
-            assert!(std::time::Instant::now() < end, "the event did not come; these did: {events:#?}");
+            assert!(
+                std::time::Instant::now() < end,
+                "the event did not come; these did: {events:#?}"
+            );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }

@@ -50,9 +50,7 @@ pub(crate) fn build(folder: &Path, file: &str, name: &str, command: &[&str], mor
         "history": layers.iter().map(|_| json!({"created_by": "tests"})).collect::<Vec<_>>(),
     });
     let config = blob(&blobs, config.to_string().as_bytes())?;
-    let describe = |blob: &Blob, kind: &str| {
-        json!({"mediaType": format!("application/vnd.oci.image.{kind}"), "digest": blob.digest, "size": blob.size})
-    };
+    let describe = |blob: &Blob, kind: &str| json!({"mediaType": format!("application/vnd.oci.image.{kind}"), "digest": blob.digest, "size": blob.size});
     let manifest = json!({
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
@@ -63,8 +61,14 @@ pub(crate) fn build(folder: &Path, file: &str, name: &str, command: &[&str], mor
     let mut entry = describe(&manifest, "manifest.v1+json");
     entry["annotations"] = json!({"io.containerd.image.name": name, "org.opencontainers.image.ref.name": "1"});
     let image = work.join("image");
-    fs::write(image.join("index.json"), json!({"schemaVersion": 2, "manifests": [entry]}).to_string())?;
-    fs::write(image.join("oci-layout"), json!({"imageLayoutVersion": "1.0.0"}).to_string())?;
+    fs::write(
+        image.join("index.json"),
+        json!({"schemaVersion": 2, "manifests": [entry]}).to_string(),
+    )?;
+    fs::write(
+        image.join("oci-layout"),
+        json!({"imageLayoutVersion": "1.0.0"}).to_string(),
+    )?;
     let archive = folder.join(format!("{file}.tar"));
     tar(&image, &archive)?;
     fs::remove_dir_all(&work)?;
@@ -86,13 +90,19 @@ pub(crate) fn busybox_root(root: &Path) -> io::Result<()> {
     fs::copy(&program, root.join("bin/busybox"))?;
     // Debian's `busybox` is dynamic, and `busybox-static` cannot be installed beside it: take its libraries along.
     let libraries = Command::new("ldd").arg(&program).output()?.stdout;
-    for library in String::from_utf8_lossy(&libraries).split_whitespace().filter(|word| word.starts_with('/')) {
+    for library in String::from_utf8_lossy(&libraries)
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'))
+    {
         let target = root.join(library.trim_start_matches('/'));
         fs::create_dir_all(target.parent().unwrap_or(root))?;
         fs::copy(library, target)?;
     }
     let applets = Command::new(&program).arg("--list").output()?.stdout;
-    for applet in String::from_utf8_lossy(&applets).lines().filter(|name| *name != "busybox") {
+    for applet in String::from_utf8_lossy(&applets)
+        .lines()
+        .filter(|name| *name != "busybox")
+    {
         symlink("busybox", root.join("bin").join(applet))?;
     }
     fs::write(
@@ -143,7 +153,14 @@ fn digest(bytes: &[u8]) -> String {
 
 fn tar(folder: &Path, file: &Path) -> io::Result<()> {
     let output = Command::new("tar")
-        .args(["--sort=name", "--owner=0", "--group=0", "--numeric-owner", "--mtime=@0", "-cf"])
+        .args([
+            "--sort=name",
+            "--owner=0",
+            "--group=0",
+            "--numeric-owner",
+            "--mtime=@0",
+            "-cf",
+        ])
         .args([file, Path::new("-C"), folder, Path::new(".")])
         .output()?;
     if !output.status.success() {

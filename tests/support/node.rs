@@ -16,11 +16,7 @@ use containerd_client::{
         containers_client::ContainersClient, events_client::EventsClient, snapshots::snapshots_client::SnapshotsClient,
         tasks_client::TasksClient,
     },
-    tonic::{
-        Code, Request, Status,
-        metadata::MetadataValue,
-        transport::Channel,
-    },
+    tonic::{Code, Request, Status, metadata::MetadataValue, transport::Channel},
 };
 use prost_types::Any;
 
@@ -198,7 +194,8 @@ impl Node {
         if is_new {
             // The first container of a namespace makes folders and cgroups that stay for the next one. Whether it runs is not the
             // question here; a test will ask it.
-            node.ctr_run(&["--rm"], &format!("first-{}", node.namespace), &["true"]).await;
+            node.ctr_run(&["--rm"], &format!("first-{}", node.namespace), &["true"])
+                .await;
         }
         node
     }
@@ -296,7 +293,10 @@ impl Node {
     /// The command line of `ctr` in the test's namespace.
     pub(crate) fn ctr_command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new("ctr");
-        command.arg("--address").arg(socket()).args(["--namespace", if self.cri { "k8s.io" } else { &self.namespace }]);
+        command
+            .arg("--address")
+            .arg(socket())
+            .args(["--namespace", if self.cri { "k8s.io" } else { &self.namespace }]);
         command.args(arguments);
         command
     }
@@ -429,7 +429,10 @@ pub(crate) async fn finish(mut command: Command, stdin: &[u8]) -> Finished {
             panic!("{line} did not end within {RPC:?}");
         }
     };
-    let status = output.status.code().unwrap_or_else(|| 128 + output.status.signal().unwrap_or(0));
+    let status = output
+        .status
+        .code()
+        .unwrap_or_else(|| 128 + output.status.signal().unwrap_or(0));
     Finished {
         status,
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -492,7 +495,10 @@ fn prepare(cri: bool) -> std::io::Result<Images> {
         let link = folder.join("bin").join(leaks::shim_program(OURS));
         std::os::unix::fs::symlink(shim, link)?;
     }
-    fs::write(folder.join("config.toml"), configuration(cri, &Runtime::from_environment()))?;
+    fs::write(
+        folder.join("config.toml"),
+        configuration(cri, &Runtime::from_environment()),
+    )?;
     fs::write(
         folder.join("cni/10-test.conflist"),
         format!(
@@ -554,7 +560,11 @@ runtime_type = "io.containerd.runc.v2"
 }
 
 fn spawn_containerd() -> Child {
-    let log = File::options().create(true).append(true).open(log()).expect("containerd's log");
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(log())
+        .expect("containerd's log");
     let mut path = std::ffi::OsString::from(format!("{FOLDER}/bin:"));
     path.push(std::env::var_os("PATH").unwrap_or_default());
     path.push(":/usr/sbin:/sbin");

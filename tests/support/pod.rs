@@ -208,7 +208,10 @@ impl Daemon {
 fn parent_cgroups() {
     let folders: Vec<PathBuf> = match cgroup_v2() {
         true => vec!["/sys/fs/cgroup".into()],
-        false => fs::read_dir("/sys/fs/cgroup").unwrap().map(|entry| entry.unwrap().path()).collect(),
+        false => fs::read_dir("/sys/fs/cgroup")
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect(),
     };
     for folder in folders.iter().filter(|folder| folder.join("cgroup.procs").exists()) {
         fs::create_dir_all(folder.join(universe::token())).unwrap();

@@ -8,10 +8,11 @@ use std::{
 
 use containerd_client::{
     services::v1::{
-        CheckpointTaskRequest, CloseIoRequest, Container, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest,
-        DeleteProcessRequest, DeleteResponse, DeleteTaskRequest, ExecProcessRequest, GetContainerRequest, GetRequest, KillRequest,
-        ListPidsRequest, MetricsRequest, PauseTaskRequest, ResizePtyRequest, ResumeTaskRequest, StartRequest,
-        UpdateTaskRequest, WaitRequest, WaitResponse, container::Runtime,
+        CheckpointTaskRequest, CloseIoRequest, Container, CreateContainerRequest, CreateTaskRequest,
+        DeleteContainerRequest, DeleteProcessRequest, DeleteResponse, DeleteTaskRequest, ExecProcessRequest,
+        GetContainerRequest, GetRequest, KillRequest, ListPidsRequest, MetricsRequest, PauseTaskRequest,
+        ResizePtyRequest, ResumeTaskRequest, StartRequest, UpdateTaskRequest, WaitRequest, WaitResponse,
+        container::Runtime,
         snapshots::{PrepareSnapshotRequest, RemoveSnapshotRequest},
     },
     tonic::{Code, Status},
@@ -178,7 +179,9 @@ impl<'n> Builder<'n> {
     /// [`Builder::create`], then start.
     pub(crate) async fn start(self) -> Task<'n> {
         let task = self.create().await;
-        task.start().await.unwrap_or_else(|e| panic!("start {}: {e:?}", task.id));
+        task.start()
+            .await
+            .unwrap_or_else(|e| panic!("start {}: {e:?}", task.id));
         task
     }
 }
@@ -191,7 +194,12 @@ impl Node {
             parent: parent.into(),
             ..PrepareSnapshotRequest::default()
         };
-        Ok(self.snapshots().prepare(self.request(request)).await?.into_inner().mounts)
+        Ok(self
+            .snapshots()
+            .prepare(self.request(request))
+            .await?
+            .into_inner()
+            .mounts)
     }
 
     /// Kills and deletes the task `id` and forgets the container, as far as they exist; true once none of it exists.
@@ -204,7 +212,9 @@ impl Node {
             ..KillRequest::default()
         };
         let _ = self.tasks().kill(self.request(kill)).await;
-        let delete = DeleteTaskRequest { container_id: id.into() };
+        let delete = DeleteTaskRequest {
+            container_id: id.into(),
+        };
         let task = self.tasks().delete(self.request(delete)).await;
         if !task.is_err_and(|error| error.code() == Code::NotFound) {
             return false;
@@ -266,7 +276,13 @@ impl<'n> Task<'n> {
             container_id: self.id.clone(),
             exec_id: exec_id.into(),
         };
-        Ok(self.node.tasks().start(self.node.request(request)).await?.into_inner().pid)
+        Ok(self
+            .node
+            .tasks()
+            .start(self.node.request(request))
+            .await?
+            .into_inner()
+            .pid)
     }
 
     /// Wait, for init (empty) or an exec.
@@ -275,12 +291,20 @@ impl<'n> Task<'n> {
             container_id: self.id.clone(),
             exec_id: exec_id.into(),
         };
-        Ok(self.node.tasks().wait(self.node.request(request)).await?.into_inner().into())
+        Ok(self
+            .node
+            .tasks()
+            .wait(self.node.request(request))
+            .await?
+            .into_inner()
+            .into())
     }
 
     /// Init's exit.
     pub(crate) async fn wait(&self) -> Exit {
-        self.wait_for("").await.unwrap_or_else(|e| panic!("wait for {}: {e:?}", self.id))
+        self.wait_for("")
+            .await
+            .unwrap_or_else(|e| panic!("wait for {}: {e:?}", self.id))
     }
 
     /// Kill of init alone.
@@ -319,7 +343,10 @@ impl<'n> Task<'n> {
 
     /// Init's status: "RUNNING", …
     pub(crate) async fn status(&self) -> String {
-        let state = self.state("").await.unwrap_or_else(|e| panic!("state of {}: {e:?}", self.id));
+        let state = self
+            .state("")
+            .await
+            .unwrap_or_else(|e| panic!("state of {}: {e:?}", self.id));
         state.status().as_str_name().to_string()
     }
 
@@ -373,16 +400,28 @@ impl<'n> Task<'n> {
         let request = ListPidsRequest {
             container_id: self.id.clone(),
         };
-        let response = self.node.tasks().list_pids(self.node.request(request)).await?.into_inner();
+        let response = self
+            .node
+            .tasks()
+            .list_pids(self.node.request(request))
+            .await?
+            .into_inner();
         let details = |info: Option<Any>| match info {
             None => String::new(),
             Some(any) => {
-                assert_eq!(any.type_url.rsplit('/').next(), Some("containerd.runc.v1.ProcessDetails"));
+                assert_eq!(
+                    any.type_url.rsplit('/').next(),
+                    Some("containerd.runc.v1.ProcessDetails")
+                );
                 let details: ProcessDetails = prost::Message::decode(any.value.as_slice()).expect("ProcessDetails");
                 details.exec_id
             }
         };
-        Ok(response.processes.into_iter().map(|process| (process.pid, details(process.info))).collect())
+        Ok(response
+            .processes
+            .into_iter()
+            .map(|process| (process.pid, details(process.info)))
+            .collect())
     }
 
     /// Stats, as containerd hands them on.
@@ -391,7 +430,10 @@ impl<'n> Task<'n> {
             filters: vec![format!("id=={}", self.id)],
         };
         let response = self.node.tasks().metrics(self.node.request(request)).await;
-        let mut metrics = response.unwrap_or_else(|e| panic!("metrics of {}: {e:?}", self.id)).into_inner().metrics;
+        let mut metrics = response
+            .unwrap_or_else(|e| panic!("metrics of {}: {e:?}", self.id))
+            .into_inner()
+            .metrics;
         metrics.retain(|metric| metric.id == self.id);
         metrics.pop().unwrap_or_else(|| panic!("no metrics of {}", self.id))
     }
@@ -487,7 +529,9 @@ impl<'n> Task<'n> {
     /// Runs `sh -c <script>` in the container and gives its output; the exec is deleted.
     pub(crate) async fn ask(&self, exec_id: &str, script: &str) -> String {
         let exec = self.exec(exec_id, &["/bin/sh", "-c", script]).await;
-        exec.start().await.unwrap_or_else(|e| panic!("start exec {exec_id}: {e:?}"));
+        exec.start()
+            .await
+            .unwrap_or_else(|e| panic!("start exec {exec_id}: {e:?}"));
         let exit = exec.wait().await;
         exec.delete().await.expect("delete an exec that ended");
         let output = exec.io.stdout.text().await;
@@ -497,11 +541,16 @@ impl<'n> Task<'n> {
 
     /// Removes container and snapshot after the task was deleted, and the fifos.
     pub(crate) async fn forget(self) {
-        let Self { node, id, io, chain, .. } = self;
+        let Self {
+            node, id, io, chain, ..
+        } = self;
         drop(io);
         if !chain {
             let request = DeleteContainerRequest { id };
-            node.containers().delete(node.request(request)).await.expect("delete the container");
+            node.containers()
+                .delete(node.request(request))
+                .await
+                .expect("delete the container");
             return;
         }
         node.forget(&id).await;
@@ -518,7 +567,10 @@ impl<'n> Task<'n> {
 
     /// Deletes a task that ended, removes the rest; gives what Delete said.
     pub(crate) async fn finish(self) -> DeleteResponse {
-        let response = self.delete().await.unwrap_or_else(|e| panic!("delete {}: {e:?}", self.id));
+        let response = self
+            .delete()
+            .await
+            .unwrap_or_else(|e| panic!("delete {}: {e:?}", self.id));
         self.forget().await;
         response
     }
@@ -537,7 +589,10 @@ impl Exec<'_, '_> {
     }
 
     pub(crate) async fn wait(&self) -> Exit {
-        self.task.wait_for(&self.id).await.unwrap_or_else(|e| panic!("wait for exec {}: {e:?}", self.id))
+        self.task
+            .wait_for(&self.id)
+            .await
+            .unwrap_or_else(|e| panic!("wait for exec {}: {e:?}", self.id))
     }
 
     pub(crate) async fn kill(&self, signal: i32) -> Result<(), Status> {
@@ -603,7 +658,12 @@ impl Io {
     /// Opens stdin for writing; the shim holds the other end once the process was created.
     pub(crate) async fn stdin(&self) -> Stdin {
         let path = Path::new(&self.stdin_path).to_path_buf();
-        Stdin(until("the shim opens stdin", async || pipe::OpenOptions::new().open_sender(&path).ok()).await)
+        Stdin(
+            until("the shim opens stdin", async || {
+                pipe::OpenOptions::new().open_sender(&path).ok()
+            })
+            .await,
+        )
     }
 
     /// Stops reading, as a client that goes away.
@@ -697,8 +757,19 @@ impl Output {
 /// An OCI process document.
 pub(crate) fn process(arguments: &[&str]) -> Value {
     let capabilities = json!([
-        "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID",
-        "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL",
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FSETID",
+        "CAP_FOWNER",
+        "CAP_MKNOD",
+        "CAP_NET_RAW",
+        "CAP_SETGID",
+        "CAP_SETUID",
+        "CAP_SETFCAP",
+        "CAP_SETPCAP",
+        "CAP_NET_BIND_SERVICE",
+        "CAP_SYS_CHROOT",
+        "CAP_KILL",
         "CAP_AUDIT_WRITE"
     ]);
     json!({
@@ -714,9 +785,7 @@ pub(crate) fn process(arguments: &[&str]) -> Value {
 
 /// An OCI spec like the one that containerd's clients make.
 pub(crate) fn spec(namespace: &str, id: &str, arguments: &[&str]) -> Value {
-    let mount = |target: &str, kind: &str, options: &[&str]| {
-        json!({"destination": target, "type": kind, "source": kind, "options": options})
-    };
+    let mount = |target: &str, kind: &str, options: &[&str]| json!({"destination": target, "type": kind, "source": kind, "options": options});
     json!({
         "ociVersion": "1.0.2",
         "process": process(arguments),

@@ -80,7 +80,12 @@ fn leave_the_machine() -> Result<(), String> {
     }
     // SAFETY: plain system call; the outermost process cannot leave us behind.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
-    mount(Some("proc"), "/proc", Some("proc"), libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC)?;
+    mount(
+        Some("proc"),
+        "/proc",
+        Some("proc"),
+        libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
+    )?;
     raise_loopback()?;
     // SAFETY: the process has one thread.
     match check("fork", unsafe { libc::fork() })? {
@@ -112,7 +117,9 @@ fn hide_unified() -> Result<(), String> {
         }
     }
     // SAFETY: a valid C string.
-    check("umount /run/cgroup", unsafe { libc::umount2(c"/run/cgroup".as_ptr(), libc::MNT_DETACH) })?;
+    check("umount /run/cgroup", unsafe {
+        libc::umount2(c"/run/cgroup".as_ptr(), libc::MNT_DETACH)
+    })?;
     std::fs::remove_dir(ASIDE).map_err(text)
 }
 
@@ -136,7 +143,10 @@ fn mount(source: Option<&str>, target: &str, kind: Option<&str>, flags: libc::c_
 fn raise_loopback() -> Result<(), String> {
     // SAFETY: the socket is closed below; the request is a zeroed ifreq with a short name.
     unsafe {
-        let socket = check("socket", libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0))?;
+        let socket = check(
+            "socket",
+            libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0),
+        )?;
         let mut request: libc::ifreq = std::mem::zeroed();
         request.ifr_name[0] = b'l' as libc::c_char;
         request.ifr_name[1] = b'o' as libc::c_char;
