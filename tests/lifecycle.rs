@@ -71,7 +71,8 @@ impl Gate {
     }
 }
 
-/// Runs the annotation `program` as a shell script: born in Create, released in Start.
+/// Runs the annotation `program` as a shell script: born in Create and released in Start, or born in Start where the annotation
+/// `born` says so.
 struct Fake {
     reaper: Reaper,
     releases: Mutex<HashMap<String, File>>,
@@ -151,6 +152,14 @@ impl Backend for FakeBackend {
         self.0.called("create")?;
         self.0.create.pass().await;
         let program = &bundle.config.annotations["program"];
+        if bundle
+            .config
+            .annotations
+            .get("born")
+            .is_some_and(|born| born == "start")
+        {
+            return Ok(None);
+        }
         let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
         let script = format!("read _ <&3 || exit 99; exec 3<&-; {program}");
         let launched = self.0.launch(&script, Some(read), io.take().unwrap())?;
@@ -158,9 +167,14 @@ impl Backend for FakeBackend {
         Ok(Some(launched))
     }
 
-    async fn start(&self, rec: &Record, _io: &mut Option<ChildIo>) -> Result<Option<Launched>> {
+    async fn start(&self, rec: &Record, io: &mut Option<ChildIo>) -> Result<Option<Launched>> {
         self.0.called("start")?;
-        let mut release = self.0.releases.lock().unwrap().remove(&rec.id).unwrap();
+        let Some(mut release) = self.0.releases.lock().unwrap().remove(&rec.id) else {
+            self.0.start.pass().await;
+            let bundle = Bundle::read(&rec.bundle)?;
+            let program = &bundle.config.annotations["program"];
+            return self.0.launch(program, None, io.take().unwrap()).map(Some);
+        };
         // A program that ended before anything was released is fine.
         let _ = release.write_all(b"\n");
         drop(release);
@@ -242,6 +256,18 @@ impl World {
             bundle,
             ..CreateRequest::default()
         }
+    }
+
+    /// A created task whose init will be born in Start.
+    async fn unborn(&self, id: &str, program: &str) -> Arc<Task> {
+        let request = self.request(id, program);
+        let config = serde_json::json!({
+            "annotations": {"program": program, "born": "start"},
+            "linux": {"namespaces": [{"type": "pid"}]},
+        });
+        std::fs::write(request.bundle.join("config.json"), config.to_string()).unwrap();
+        self.engine.create(request).await.unwrap();
+        self.engine.task(id).unwrap()
     }
 
     async fn created(&self, id: &str, program: &str) -> Arc<Task> {
@@ -579,6 +605,43 @@ async fn a_start_that_fails_leaves_the_task_created_and_deletable() {
     assert_eq!(task.state("").unwrap().phase, Phase::Created);
     bounded(world.engine.delete("a", "")).await.unwrap();
     assert_eq!(world.told(), ["create a", "exit a", "delete a"]);
+}
+
+#[tokio::test]
+async fn a_signal_for_an_init_that_is_being_born_is_delivered_at_its_birth() {
+    let world = world();
+    world.fake.start.close();
+    let task = world.unborn("a", "sleep 1000").await;
+    let start = tokio::spawn({
+        let task = task.clone();
+        async move { task.start("").await }
+    });
+    bounded(world.fake.start.somebody_waits()).await;
+    bounded(task.kill("", 9, false)).await.unwrap();
+    world.fake.start.let_one_pass();
+    bounded(start).await.unwrap().unwrap();
+    assert_eq!(bounded(task.wait("")).await.unwrap().status, 137);
+    assert_eq!(world.told(), ["create a", "start a", "exit a"]);
+}
+
+#[tokio::test]
+async fn an_init_that_is_born_and_cannot_be_recorded_is_ended_and_deletable() {
+    let world = world();
+    let task = world.unborn("a", "sleep 1000").await;
+    let in_the_way = world.folder.path().join("a/.proxmox-lxcri.json.new");
+    std::fs::create_dir(&in_the_way).unwrap();
+    refused(task.start("").await, Kind::Unknown, "cannot write record");
+    assert_eq!(bounded(task.wait("")).await.unwrap().status, 137);
+    bounded(world.engine.delete("a", "")).await.unwrap();
+    assert_eq!(world.told(), ["create a", "exit a", "delete a"]);
+}
+
+#[tokio::test]
+async fn an_unborn_init_is_deleted_without_an_exit() {
+    let world = world();
+    world.unborn("a", "sleep 1000").await;
+    bounded(world.engine.delete("a", "")).await.unwrap();
+    assert_eq!(world.told(), ["create a", "delete a"]);
 }
 
 #[tokio::test]

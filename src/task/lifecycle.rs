@@ -195,15 +195,15 @@ impl Task {
             self.init.keep_io(io);
             return Ok(None);
         };
-        let exit = self.adopt(launched)?;
+        self.adopt(&launched)?;
         stdio.launched().await?;
-        Ok(Some(exit))
+        Ok(Some(launched.exit))
     }
 
-    /// Notes down who init is and where it lives.
-    fn adopt(&self, launched: Launched) -> Result<BoxFuture<'static, Exit>> {
+    /// Notes down who init is and where it lives, and sends it the signals that came before its birth.
+    fn adopt(&self, launched: &Launched) -> Result<()> {
         let pid = launched.pid;
-        self.init.launched(pid, launched.process);
+        let early = self.init.launched(pid, launched.process.clone());
         let cgroup = Cgroup::of_process(pid)
             .inspect_err(|e| log::warn!("container {} has no cgroup of its own: {e}", self.id()))
             .ok();
@@ -212,7 +212,10 @@ impl Task {
             record.init = identity;
             record.cgroup = cgroup;
         })?;
-        Ok(launched.exit)
+        for signal in early {
+            launched.process.signal(signal).or_else(gone_is_fine)?;
+        }
+        Ok(())
     }
 
     async fn open_stdio(&self, process: &Process, exec_id: &str) -> Result<(Arc<Stdio>, ChildIo)> {
@@ -247,17 +250,27 @@ impl Task {
         self.init.claim(Intent::Start)?;
         let mut io = self.init.take_io();
         let started = self.backend.start(&self.record(), &mut io).await;
-        let born = match started {
-            Ok(Some(launched)) => self.adopt(launched).map(Some),
-            Ok(None) => Ok(None),
-            Err(e) => Err(e),
+        let failed = |e: Error| {
+            self.init.shift(Phase::Starting, Phase::Created);
+            Err(e.context(format!("cannot start task {}", self.id())))
         };
-        let born = match born {
-            Ok(born) => born,
+        let born = match started {
+            Ok(None) => None,
+            Ok(Some(launched)) => match self.adopt(&launched) {
+                Ok(()) => Some(launched.exit),
+                Err(e) => {
+                    // It must not run on unrecorded. Its exit is told, so that Delete finds it ended.
+                    if let Err(e) = launched.process.signal(libc::SIGKILL).or_else(gone_is_fine) {
+                        log::error!("cannot end init of {}: {e}", self.id());
+                    }
+                    let failed = failed(e);
+                    self.supervise_init(launched.exit);
+                    return failed;
+                }
+            },
             Err(e) => {
                 self.init.keep_io(io);
-                self.init.shift(Phase::Starting, Phase::Created);
-                return Err(e.context(format!("cannot start task {}", self.id())));
+                return failed(e);
             }
         };
         if born.is_some()
