@@ -173,7 +173,9 @@ impl Backend for FakeBackend {
             self.0.start.pass().await;
             let bundle = Bundle::read(&rec.bundle)?;
             let program = &bundle.config.annotations["program"];
-            return self.0.launch(program, None, io.take().unwrap()).map(Some);
+            let io = io.take().unwrap();
+            self.0.called("birth")?;
+            return self.0.launch(program, None, io).map(Some);
         };
         // A program that ended before anything was released is fine.
         let _ = release.write_all(b"\n");
@@ -634,6 +636,20 @@ async fn an_init_that_is_born_and_cannot_be_recorded_is_ended_and_deletable() {
     assert_eq!(bounded(task.wait("")).await.unwrap().status, 137);
     bounded(world.engine.delete("a", "")).await.unwrap();
     assert_eq!(world.told(), ["create a", "exit a", "delete a"]);
+}
+
+#[tokio::test]
+async fn a_start_that_lost_the_stdio_is_not_repeated_without_it() {
+    let world = world();
+    world.fake.fail_once("birth");
+    let task = world.unborn("a", "exit 0").await;
+    refused(task.start("").await, Kind::Unknown, "birth was told to fail");
+    refused(
+        task.start("").await,
+        Kind::FailedPrecondition,
+        "went with the start that failed",
+    );
+    bounded(world.engine.delete("a", "")).await.unwrap();
 }
 
 #[tokio::test]

@@ -249,6 +249,13 @@ impl Task {
     async fn start_init(self: &Arc<Self>) -> Result<u32> {
         self.init.claim(Intent::Start)?;
         let mut io = self.init.take_io();
+        if self.init.pid() == 0 && io.is_none() {
+            self.init.shift(Phase::Starting, Phase::Created);
+            return Err(Error::precondition(format!(
+                "the stdio of task {} went with the start that failed; delete it and create it anew",
+                self.id()
+            )));
+        }
         let started = self.backend.start(&self.record(), &mut io).await;
         let failed = |e: Error| {
             self.init.shift(Phase::Starting, Phase::Created);
