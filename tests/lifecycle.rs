@@ -16,7 +16,10 @@ use async_trait::async_trait;
 use proxmox_lxcri::{
     backend::{Backend, ChildIo, ExecSpec, Exit, Launched, Observed},
     error::{Error, Kind, Result},
-    host::command::{Command, Reaper},
+    host::{
+        cgroup::{self, Cgroup},
+        command::{Command, Reaper},
+    },
     task::{
         Cleaned, CreateRequest, Engine, Task,
         bundle::Bundle,
@@ -68,7 +71,8 @@ impl Gate {
     }
 }
 
-/// Runs the annotation `program` as a shell script: born in Create, released in Start.
+/// Runs the annotation `program` as a shell script: born in Create and released in Start, or born in Start where the annotation
+/// `born` says so.
 struct Fake {
     reaper: Reaper,
     releases: Mutex<HashMap<String, File>>,
@@ -148,6 +152,14 @@ impl Backend for FakeBackend {
         self.0.called("create")?;
         self.0.create.pass().await;
         let program = &bundle.config.annotations["program"];
+        if bundle
+            .config
+            .annotations
+            .get("born")
+            .is_some_and(|born| born == "start")
+        {
+            return Ok(None);
+        }
         let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
         let script = format!("read _ <&3 || exit 99; exec 3<&-; {program}");
         let launched = self.0.launch(&script, Some(read), io.take().unwrap())?;
@@ -155,9 +167,16 @@ impl Backend for FakeBackend {
         Ok(Some(launched))
     }
 
-    async fn start(&self, rec: &Record, _io: &mut Option<ChildIo>) -> Result<Option<Launched>> {
+    async fn start(&self, rec: &Record, io: &mut Option<ChildIo>) -> Result<Option<Launched>> {
         self.0.called("start")?;
-        let mut release = self.0.releases.lock().unwrap().remove(&rec.id).unwrap();
+        let Some(mut release) = self.0.releases.lock().unwrap().remove(&rec.id) else {
+            self.0.start.pass().await;
+            let bundle = Bundle::read(&rec.bundle)?;
+            let program = &bundle.config.annotations["program"];
+            let io = io.take().unwrap();
+            self.0.called("birth")?;
+            return self.0.launch(program, None, io).map(Some);
+        };
         // A program that ended before anything was released is fine.
         let _ = release.write_all(b"\n");
         drop(release);
@@ -239,6 +258,18 @@ impl World {
             bundle,
             ..CreateRequest::default()
         }
+    }
+
+    /// A created task whose init will be born in Start.
+    async fn unborn(&self, id: &str, program: &str) -> Arc<Task> {
+        let request = self.request(id, program);
+        let config = serde_json::json!({
+            "annotations": {"program": program, "born": "start"},
+            "linux": {"namespaces": [{"type": "pid"}]},
+        });
+        std::fs::write(request.bundle.join("config.json"), config.to_string()).unwrap();
+        self.engine.create(request).await.unwrap();
+        self.engine.task(id).unwrap()
     }
 
     async fn created(&self, id: &str, program: &str) -> Arc<Task> {
@@ -436,6 +467,69 @@ async fn a_create_that_fails_is_undone_and_tells_nothing() {
     world.running("a", "exit 0").await;
 }
 
+/// A program in a cgroup that no container made; both go at the end.
+struct Stranger {
+    process: std::process::Child,
+    name: String,
+}
+
+impl Stranger {
+    fn new(name: &str) -> Self {
+        let process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let name = format!("lxcri-stranger-{name}-{}", std::process::id());
+        cgroup::join(&name, process.id()).unwrap();
+        Self { process, name }
+    }
+
+    fn lives(&mut self) -> bool {
+        self.process.try_wait().unwrap().is_none()
+    }
+
+    async fn leave(mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        let folder = Cgroup::expected(Some(&self.name), false, "x").unwrap().unwrap();
+        folder.remove(BOUND).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_create_in_the_cgroup_of_others_is_refused_and_spares_them() {
+    let world = world();
+    let mut stranger = Stranger::new("path");
+    // By its path, and by an id that is the name of a cgroup.
+    let name = stranger.name.clone();
+    for (id, path) in [("a", Some(&name)), (name.as_str(), None)] {
+        let mut request = world.request(id, "exit 0");
+        let config = serde_json::json!({"linux": {"cgroupsPath": path}});
+        std::fs::write(request.bundle.join("config.json"), config.to_string()).unwrap();
+        // Fails after the record is on disk.
+        request.stdio.stdout = "/nonexistent/fifo".into();
+        refused(
+            world.engine.create(request).await,
+            Kind::FailedPrecondition,
+            "holds processes of somebody else",
+        );
+        assert!(!world.record_exists(id));
+        assert!(stranger.lives());
+    }
+    assert!(world.fake.calls.lock().unwrap().is_empty());
+    stranger.leave().await;
+}
+
+#[tokio::test]
+async fn a_cgroup_path_that_leaves_the_hierarchy_is_refused_before_anything_is_done() {
+    let world = world();
+    let request = world.request("a", "exit 0");
+    std::fs::write(
+        request.bundle.join("config.json"),
+        r#"{"linux": {"cgroupsPath": "/a/../../b"}}"#,
+    )
+    .unwrap();
+    refused(world.engine.create(request).await, Kind::InvalidArgument, "cgroup path");
+    assert!(!world.record_exists("a"));
+}
+
 #[tokio::test]
 async fn a_missing_fifo_fails_the_create_by_its_name_and_everything_is_undone() {
     let world = world();
@@ -513,6 +607,57 @@ async fn a_start_that_fails_leaves_the_task_created_and_deletable() {
     assert_eq!(task.state("").unwrap().phase, Phase::Created);
     bounded(world.engine.delete("a", "")).await.unwrap();
     assert_eq!(world.told(), ["create a", "exit a", "delete a"]);
+}
+
+#[tokio::test]
+async fn a_signal_for_an_init_that_is_being_born_is_delivered_at_its_birth() {
+    let world = world();
+    world.fake.start.close();
+    let task = world.unborn("a", "sleep 1000").await;
+    let start = tokio::spawn({
+        let task = task.clone();
+        async move { task.start("").await }
+    });
+    bounded(world.fake.start.somebody_waits()).await;
+    bounded(task.kill("", 9, false)).await.unwrap();
+    world.fake.start.let_one_pass();
+    bounded(start).await.unwrap().unwrap();
+    assert_eq!(bounded(task.wait("")).await.unwrap().status, 137);
+    assert_eq!(world.told(), ["create a", "start a", "exit a"]);
+}
+
+#[tokio::test]
+async fn an_init_that_is_born_and_cannot_be_recorded_is_ended_and_deletable() {
+    let world = world();
+    let task = world.unborn("a", "sleep 1000").await;
+    let in_the_way = world.folder.path().join("a/.proxmox-lxcri.json.new");
+    std::fs::create_dir(&in_the_way).unwrap();
+    refused(task.start("").await, Kind::Unknown, "cannot write record");
+    assert_eq!(bounded(task.wait("")).await.unwrap().status, 137);
+    bounded(world.engine.delete("a", "")).await.unwrap();
+    assert_eq!(world.told(), ["create a", "exit a", "delete a"]);
+}
+
+#[tokio::test]
+async fn a_start_that_lost_the_stdio_is_not_repeated_without_it() {
+    let world = world();
+    world.fake.fail_once("birth");
+    let task = world.unborn("a", "exit 0").await;
+    refused(task.start("").await, Kind::Unknown, "birth was told to fail");
+    refused(
+        task.start("").await,
+        Kind::FailedPrecondition,
+        "went with the start that failed",
+    );
+    bounded(world.engine.delete("a", "")).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_unborn_init_is_deleted_without_an_exit() {
+    let world = world();
+    world.unborn("a", "sleep 1000").await;
+    bounded(world.engine.delete("a", "")).await.unwrap();
+    assert_eq!(world.told(), ["create a", "delete a"]);
 }
 
 #[tokio::test]

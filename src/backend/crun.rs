@@ -371,7 +371,10 @@ impl Backend for Crun {
             }
         }
         self.undo_half_made(rec, &dir).await?;
-        log::warn!("container {} was removed without crun, its poststop hooks did not run: {failed}", rec.id);
+        log::warn!(
+            "container {} was removed without crun, its poststop hooks did not run: {failed}",
+            rec.id
+        );
         Ok(())
     }
 

@@ -202,15 +202,15 @@ impl Task {
             self.init.keep_io(io);
             return Ok(None);
         };
-        let exit = self.adopt(launched)?;
+        self.adopt(&launched)?;
         stdio.launched().await?;
-        Ok(Some(exit))
+        Ok(Some(launched.exit))
     }
 
-    /// Notes down who init is and where it lives.
-    fn adopt(&self, launched: Launched) -> Result<BoxFuture<'static, Exit>> {
+    /// Notes down who init is and where it lives, and sends it the signals that came before its birth.
+    fn adopt(&self, launched: &Launched) -> Result<()> {
         let pid = launched.pid;
-        self.init.launched(pid, launched.process);
+        let early = self.init.launched(pid, launched.process.clone());
         let cgroup = Cgroup::of_process(pid)
             .inspect_err(|e| log::warn!("container {} has no cgroup of its own: {e}", self.id()))
             .ok();
@@ -219,7 +219,10 @@ impl Task {
             record.init = identity;
             record.cgroup = cgroup;
         })?;
-        Ok(launched.exit)
+        for signal in early {
+            launched.process.signal(signal).or_else(gone_is_fine)?;
+        }
+        Ok(())
     }
 
     async fn open_stdio(&self, process: &Process, exec_id: &str) -> Result<(Arc<Stdio>, ChildIo)> {
@@ -253,14 +256,32 @@ impl Task {
     async fn start_init(self: &Arc<Self>) -> Result<u32> {
         self.init.claim(Intent::Start)?;
         let mut io = self.init.take_io();
+        if self.init.pid() == 0 && io.is_none() {
+            self.init.shift(Phase::Starting, Phase::Created);
+            return Err(Error::precondition(format!(
+                "the stdio of task {} went with the start that failed; delete it and create it anew",
+                self.id()
+            )));
+        }
         let started = self.backend.start(&self.record(), &mut io).await;
-        let born = match started {
-            Ok(Some(launched)) => self.adopt(launched).map(Some),
-            Ok(None) => Ok(None),
-            Err(e) => Err(e),
+        let failed = |e: Error| {
+            self.init.shift(Phase::Starting, Phase::Created);
+            Err(e.context(format!("cannot start task {}", self.id())))
         };
-        let born = match born {
-            Ok(born) => born,
+        let born = match started {
+            Ok(None) => None,
+            Ok(Some(launched)) => match self.adopt(&launched) {
+                Ok(()) => Some(launched.exit),
+                Err(e) => {
+                    // It must not run on unrecorded. Its exit is told, so that Delete finds it ended.
+                    if let Err(e) = launched.process.signal(libc::SIGKILL).or_else(gone_is_fine) {
+                        log::error!("cannot end init of {}: {e}", self.id());
+                    }
+                    let failed = failed(e);
+                    self.supervise_init(launched.exit);
+                    return failed;
+                }
+            },
             Err(e) => {
                 let error = e.context(format!("cannot start task {}", self.id()));
                 self.start_failed(io).await;
@@ -792,7 +813,9 @@ impl Task {
     async fn end_created(&self) -> Result<()> {
         match self.init.pidfd() {
             Some(pidfd) => {
-                self.signal_one(&self.init, &pidfd, libc::SIGKILL).await.or_else(gone_is_fine)?;
+                self.signal_one(&self.init, &pidfd, libc::SIGKILL)
+                    .await
+                    .or_else(gone_is_fine)?;
                 self.init.wait_bounded(KILL_BOUND, "init of a created container").await
             }
             // Not born yet (a backend that gives birth in Start): nothing to end.

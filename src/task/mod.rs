@@ -150,8 +150,9 @@ impl Engine {
     /// When it fails, or a Kill overtakes it, everything is undone and the id is free again.
     ///
     /// # Errors
-    /// `InvalidArgument` for a bad id, bundle or option; `AlreadyExists` for a duplicate id; `Unimplemented` for a backend that
-    /// does not exist yet; `Aborted` when killed meanwhile; else what failed.
+    /// `InvalidArgument` for a bad id, bundle, option or cgroup path; `AlreadyExists` for a duplicate id; `FailedPrecondition` when
+    /// others live in the container's cgroup; `Unimplemented` for a backend that does not exist yet; `Aborted` when killed meanwhile;
+    /// else what failed.
     pub async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<u32> {
         check_id("task id", &request.id)?;
         if self.task(&request.id).is_ok() {
@@ -170,6 +171,11 @@ impl Engine {
         };
         let options = config::load(&self.config_file, runtime, container)?;
         let backend = (self.backends)(&options)?;
+        check_cgroup(
+            bundle.config.linux.cgroups_path.as_deref(),
+            options.systemd_cgroup,
+            &request.id,
+        )?;
         let record = Record {
             id: request.id.clone(),
             namespace: self.namespace.clone(),
@@ -351,6 +357,18 @@ pub async fn cleanup(bundle: &Path, namespace: &str, id: &str, backends: &Backen
         pid: record.init.map(|init| init.pid).unwrap_or_default(),
         exit: record.exit.unwrap_or(unknown),
     })
+}
+
+/// Refuses a cgroup in which somebody lives already: whoever undoes the container ends and removes everything in its cgroup, also
+/// before the container's own processes were in it.
+fn check_cgroup(cgroups_path: Option<&str>, systemd: bool, id: &str) -> Result<()> {
+    match Cgroup::expected(cgroups_path, systemd, id)? {
+        Some(cgroup) if cgroup.is_populated()? => Err(Error::precondition(format!(
+            "cgroup {} of container {id} holds processes of somebody else; choose another cgroupsPath, or end them",
+            cgroup.path().display()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Ends what is left in the container's cgroup and removes it; a container without one is fine.

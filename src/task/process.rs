@@ -204,6 +204,7 @@ impl Process {
     }
 
     /// Remembers what was launched; returns the signals that came before its birth, for the caller to send.
+    #[must_use = "signals that nobody sends are lost"]
     pub fn launched(&self, pid: u32, pidfd: Arc<Pidfd>) -> Vec<i32> {
         let mut live = self.live();
         live.pid = pid;

@@ -255,6 +255,21 @@ impl Cgroup {
         }
     }
 
+    /// Whether processes live in the cgroup or below it, in any hierarchy. Zombies do not count; a cgroup that is gone is empty.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn is_populated(&self) -> Result<bool> {
+        self.members()
+            .map(|members| !members.is_empty())
+            .map_err(|e| self.error(e, || format!("list the processes of {}", self.folder().display())))
+    }
+
+    /// Where it lies, for messages.
+    pub fn path(&self) -> &Path {
+        self.folder()
+    }
+
     /// The processes in any of the hierarchies; a hierarchy in which it is gone has none.
     fn members(&self) -> io::Result<BTreeSet<u32>> {
         let mut members = BTreeSet::new();
