@@ -26,9 +26,6 @@ const TOKEN: &str = "LXCRI_TEST_UNIVERSE";
 /// Set when the universe could not be entered: the reason.
 const FAILURE: &str = "LXCRI_TEST_UNIVERSE_FAILURE";
 
-/// Set to `v2`: the universe sees cgroup v2 and nothing else, with those controllers that the machine has not given to v1.
-const CGROUP: &str = "LXCRI_TEST_CGROUP";
-
 /// SAFETY of the section: the C library calls it once, before `main`, with one thread alive.
 #[used]
 #[unsafe(link_section = ".init_array")]
@@ -68,9 +65,7 @@ fn leave_the_machine() -> Result<(), String> {
     })?;
     mount(None, "/", None, libc::MS_REC | libc::MS_PRIVATE)?;
     mount(Some("tmpfs"), "/run", Some("tmpfs"), 0)?;
-    if std::env::var_os(CGROUP).is_some_and(|wish| wish == "v2") {
-        mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), 0)?;
-    } else if Path::new("/sys/fs/cgroup/unified").exists() {
+    if Path::new("/sys/fs/cgroup/unified").exists() {
         hide_unified().map_err(|e| format!("cannot hide /sys/fs/cgroup/unified: {e}"))?;
     }
     // libcni's cache has no other place.
