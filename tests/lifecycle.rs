@@ -303,6 +303,14 @@ impl World {
             .collect()
     }
 
+    /// Stdio with stdout in a file.
+    fn into_file(&self, name: &str) -> stdio::Config {
+        stdio::Config {
+            stdout: format!("file://{}", self.folder.path().join(name).display()),
+            ..stdio::Config::default()
+        }
+    }
+
     fn record_exists(&self, id: &str) -> bool {
         self.folder.path().join(id).join(RECORD_FILE).exists()
     }
@@ -310,6 +318,11 @@ impl World {
 
 async fn bounded<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(BOUND, what).await.expect("this must not hang")
+}
+
+/// Holds the stdout of a living process open, as a grandchild that outlives it does; its drain has to wait.
+fn hold_output(pid: u32) -> File {
+    File::options().write(true).open(format!("/proc/{pid}/fd/1")).unwrap()
 }
 
 fn exec_spec(script: &str) -> ExecSpec {
@@ -741,6 +754,35 @@ async fn two_deletes_at_once_get_the_same_answer_and_one_event() {
     let (first, second, ()) = bounded(both).await;
     assert_eq!(first.unwrap(), second.unwrap());
     assert_eq!(world.told(), ["create a", "start a", "exit a", "delete a"]);
+}
+
+#[tokio::test]
+async fn two_deletes_of_a_created_task_at_once_get_the_same_answer_and_one_event() {
+    let world = world();
+    world.created("a", "exit 0").await;
+    world.fake.delete.close();
+    let release = async {
+        world.fake.delete.somebody_waits().await;
+        world.fake.delete.let_one_pass();
+    };
+    let both = async { tokio::join!(world.engine.delete("a", ""), world.engine.delete("a", ""), release) };
+    let (first, second, ()) = bounded(both).await;
+    assert_eq!(first.unwrap(), second.unwrap());
+    assert_eq!(world.told(), ["create a", "exit a", "delete a"]);
+}
+
+#[tokio::test]
+async fn two_deletes_of_an_exec_at_once_get_the_same_answer() {
+    let world = world();
+    let task = world.running("a", "sleep 1000").await;
+    task.exec("e", exec_spec("sleep 1000"), world.into_file("log")).unwrap();
+    let output = hold_output(task.start("e").await.unwrap());
+    task.kill("e", 9, false).await.unwrap();
+    bounded(task.wait("e")).await.unwrap();
+    let release = async { drop(output) };
+    let both = async { tokio::join!(world.engine.delete("a", "e"), world.engine.delete("a", "e"), release) };
+    let (first, second, ()) = bounded(both).await;
+    assert_eq!(first.unwrap(), second.unwrap());
 }
 
 #[tokio::test]

@@ -728,29 +728,31 @@ impl Task {
 
     pub(super) async fn delete_exec(&self, exec_id: &str) -> Result<(u32, Exit)> {
         let process = self.process(exec_id)?;
-        if !process.shift(Phase::Created, Phase::Deleting) {
-            process.claim(Intent::Delete)?;
+        process.until(|phase| *phase != Phase::Deleting).await;
+        if process.phase() != Phase::Deleted {
+            if !process.shift(Phase::Created, Phase::Deleting) {
+                process.claim(Intent::Delete)?;
+            }
+            self.drain(&process).await;
+            process.set(Phase::Deleted);
+            lock(&self.execs).remove(exec_id);
         }
-        self.drain(&process).await;
-        process.set(Phase::Deleted);
-        lock(&self.execs).remove(exec_id);
         Ok((process.pid(), process.exit().unwrap_or(Exit::now(0))))
     }
 
     pub(super) async fn delete(&self) -> Result<(u32, Exit)> {
-        match self.init.phase() {
-            Phase::Creating => {
-                self.abort.notify_one();
-                self.init.until(|phase| *phase != Phase::Creating).await;
+        // Each wait leaves the phase that it began in, for whatever another call has made of it meanwhile.
+        loop {
+            match self.init.phase() {
+                Phase::Creating => {
+                    self.abort.notify_one();
+                    self.init.until(|phase| *phase != Phase::Creating).await;
+                }
+                Phase::Created => self.end_created().await?,
+                Phase::Deleting => self.init.until(|phase| *phase != Phase::Deleting).await,
+                Phase::Deleted => return Ok((self.init.pid(), self.init.exit().unwrap_or(Exit::now(137)))),
+                _ => break,
             }
-            Phase::Deleting => self.init.until(|phase| *phase != Phase::Deleting).await,
-            _ => {}
-        }
-        if self.init.phase() == Phase::Created {
-            self.end_created().await?;
-        }
-        if self.init.phase() == Phase::Deleted {
-            return Ok((self.init.pid(), self.init.exit().unwrap_or(Exit::now(137))));
         }
         self.init.claim(Intent::Delete)?;
         let exit = self.init.exit().unwrap_or(Exit::now(137));
