@@ -934,6 +934,26 @@ async fn init_that_dies_while_an_exec_is_being_born_waits_for_its_exit() {
 }
 
 #[tokio::test]
+async fn the_drains_of_many_execs_take_no_longer_than_that_of_one() {
+    let world = world();
+    let task = world.running("a", "sleep 1000").await;
+    let mut held = Vec::new();
+    for exec in ["e1", "e2", "e3", "e4"] {
+        task.exec(exec, exec_spec("sleep 1000"), world.into_file(exec)).unwrap();
+        held.push(hold_output(task.start(exec).await.unwrap()));
+    }
+    task.kill("", 9, false).await.unwrap();
+    bounded(task.wait("")).await.unwrap();
+    let bound = Duration::from_millis(task.record().options.drain_timeout_ms);
+    // From here on the clock moves only when everything waits for it.
+    tokio::time::pause();
+    let before = tokio::time::Instant::now();
+    world.engine.delete("a", "").await.unwrap();
+    assert!(before.elapsed() < 2 * bound);
+    drop(held);
+}
+
+#[tokio::test]
 async fn connect_to_an_unknown_task_answers_pid_0() {
     let world = world();
     assert_eq!(world.engine.connect("nope"), 0);

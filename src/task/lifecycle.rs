@@ -15,7 +15,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::{
+    sync::{Notify, mpsc, oneshot},
+    time::Instant,
+};
 
 use super::{
     CGROUP_BOUND, CreateRequest, State,
@@ -434,6 +437,8 @@ impl Task {
             log::error!("processes of {} outlive its init: {e}", self.id());
         }
         let execs: Vec<Exec> = lock(&self.execs).values().cloned().collect();
+        // One for all of them, so that the exit of init does not wait longer the more execs hang.
+        let deadline = Instant::now() + KILL_BOUND;
         for exec in execs {
             let ended = async {
                 exec.process.until(|phase| *phase != Phase::Starting).await;
@@ -445,7 +450,7 @@ impl Task {
                     exec.process.wait().await;
                 }
             };
-            if tokio::time::timeout(KILL_BOUND, ended).await.is_err() {
+            if tokio::time::timeout_at(deadline, ended).await.is_err() {
                 log::error!(
                     "an exec of {} (pid {}) outlives its init",
                     self.id(),
@@ -733,7 +738,7 @@ impl Task {
             if !process.shift(Phase::Created, Phase::Deleting) {
                 process.claim(Intent::Delete)?;
             }
-            self.drain(&process).await;
+            self.drain(&process, self.drain_deadline()).await;
             process.set(Phase::Deleted);
             lock(&self.execs).remove(exec_id);
         }
@@ -757,11 +762,13 @@ impl Task {
         self.init.claim(Intent::Delete)?;
         let exit = self.init.exit().unwrap_or(Exit::now(137));
         let execs = std::mem::take(&mut *lock(&self.execs));
+        // One for all execs, so that Delete does not take longer the more of them there are.
+        let deadline = self.drain_deadline();
         for exec in execs.into_values() {
-            self.drain(&exec.process).await;
+            self.drain(&exec.process, deadline).await;
             exec.process.set(Phase::Deleted);
         }
-        self.drain(&self.init).await;
+        self.drain(&self.init, self.drain_deadline()).await;
         if let Err(e) = self.remove_everything().await {
             self.init.set(Phase::Stopped);
             return Err(e.context(format!("cannot delete task {}", self.id())));
@@ -792,14 +799,17 @@ impl Task {
         }
     }
 
-    /// Lets the rest of the output reach its reader, within the bound, and closes everything.
-    async fn drain(&self, process: &Process) {
+    fn drain_deadline(&self) -> Instant {
+        Instant::now() + Duration::from_millis(self.record().options.drain_timeout_ms)
+    }
+
+    /// Lets the rest of the output reach its reader, until the deadline, and closes everything.
+    async fn drain(&self, process: &Process, deadline: Instant) {
         process.take_io();
         let Some(stdio) = process.take_stdio() else { return };
-        let bound = Duration::from_millis(self.record().options.drain_timeout_ms);
-        if !stdio.drain(bound).await {
+        if !stdio.drain(deadline.saturating_duration_since(Instant::now())).await {
             log::warn!(
-                "output of {} (pid {}) was cut after {bound:?}",
+                "output of {} (pid {}) was cut; drain_timeout_ms bounds how long it is waited for",
                 self.id(),
                 process.pid()
             );
