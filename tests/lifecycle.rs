@@ -934,6 +934,38 @@ async fn init_that_dies_while_an_exec_is_being_born_waits_for_its_exit() {
 }
 
 #[tokio::test]
+async fn an_exec_that_is_born_after_inits_exit_was_told_is_ended_in_silence() {
+    let world = world();
+    let task = world.running("a", "sleep 1000").await;
+    world.fake.exec.close();
+    task.exec("e", exec_spec("sleep 1000"), stdio::Config::default())
+        .unwrap();
+    let start = tokio::spawn({
+        let task = task.clone();
+        async move { task.start("e").await }
+    });
+    bounded(world.fake.exec.somebody_waits()).await;
+    let init = task.init().pidfd().unwrap();
+    task.kill("", 9, false).await.unwrap();
+    bounded(init.wait_exited()).await.unwrap();
+    // The bound of waiting for the exec passes at once.
+    tokio::time::pause();
+    task.wait("").await.unwrap();
+    tokio::time::resume();
+    bounded(world.engine.delete("a", "")).await.unwrap();
+    world.fake.exec.let_one_pass();
+    refused(
+        bounded(start).await.unwrap(),
+        Kind::FailedPrecondition,
+        "init has ended",
+    );
+    assert_eq!(
+        world.told(),
+        ["create a", "start a", "exec-added e", "exit a", "delete a"]
+    );
+}
+
+#[tokio::test]
 async fn the_drains_of_many_execs_take_no_longer_than_that_of_one() {
     let world = world();
     let task = world.running("a", "sleep 1000").await;

@@ -342,13 +342,24 @@ impl Task {
         let (stdio, io) = self.open_stdio(&exec.process, exec_id).await?;
         let launched = self.backend.exec(&self.record(), exec_id, &exec.spec, io).await?;
         let process = launched.process.clone();
-        for signal in exec.process.launched(launched.pid, launched.process) {
-            // A Kill that came before there was anything to signal.
-            process.signal(signal).or_else(gone_is_fine)?;
-        }
-        if let Err(e) = stdio.launched().await {
+        let early = exec.process.launched(launched.pid, launched.process);
+        let ready = async {
+            for signal in early {
+                // A Kill that came before there was anything to signal.
+                process.signal(signal).or_else(gone_is_fine)?;
+            }
+            stdio.launched().await?;
+            match self.init.exit() {
+                None => Ok(()),
+                // Its supervisor did not wait any longer. No event of an exec may follow.
+                Some(_) => Err(Error::precondition("init has ended meanwhile")),
+            }
+        };
+        if let Err(e) = ready.await {
             process.signal(libc::SIGKILL).or_else(gone_is_fine)?;
-            launched.exit.await;
+            if tokio::time::timeout(KILL_BOUND, launched.exit).await.is_err() {
+                log::error!("an exec that was given up (pid {}) still runs", process.pid);
+            }
             return Err(e);
         }
         Ok(launched.exit)
