@@ -966,6 +966,22 @@ async fn an_exec_that_is_born_after_inits_exit_was_told_is_ended_in_silence() {
 }
 
 #[tokio::test]
+async fn a_stdin_that_is_closed_before_the_exec_starts_ends() {
+    let world = world();
+    let task = world.running("a", "sleep 1000").await;
+    let fifo = world.folder.path().join("stdin");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let stdio = stdio::Config {
+        stdin: fifo.display().to_string(),
+        ..stdio::Config::default()
+    };
+    task.exec("e", exec_spec("read line && exit 8; exit 4"), stdio).unwrap();
+    task.close_stdin("e").unwrap();
+    task.start("e").await.unwrap();
+    assert_eq!(bounded(task.wait("e")).await.unwrap().status, 4);
+}
+
+#[tokio::test]
 async fn the_drains_of_many_execs_take_no_longer_than_that_of_one() {
     let world = world();
     let task = world.running("a", "sleep 1000").await;

@@ -729,14 +729,12 @@ impl Task {
         }
     }
 
-    /// CloseIO of stdin.
+    /// CloseIO of stdin, at any time: it is remembered for an exec that was not started yet.
     ///
     /// # Errors
     /// `NotFound`.
     pub fn close_stdin(&self, exec_id: &str) -> Result<()> {
-        if let Some(stdio) = self.process(exec_id)?.stdio() {
-            stdio.close_stdin();
-        }
+        self.process(exec_id)?.close_stdin();
         Ok(())
     }
 
