@@ -1030,6 +1030,18 @@ async fn a_shutdown_ends_an_empty_shim_and_spares_a_living_task() {
     bounded(world.engine.done()).await;
 }
 
+#[tokio::test]
+async fn a_shim_that_shuts_down_takes_no_new_task() {
+    let world = world();
+    world.engine.shutdown();
+    refused(
+        world.engine.create(world.request("a", "exit 0")).await,
+        Kind::Unavailable,
+        "shutting down",
+    );
+    assert!(!world.record_exists("a"));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_shim_without_any_task_does_not_stay_for_ever() {
     let world = world();
