@@ -303,6 +303,14 @@ impl World {
             .collect()
     }
 
+    /// Stdio with stdout in a file.
+    fn into_file(&self, name: &str) -> stdio::Config {
+        stdio::Config {
+            stdout: format!("file://{}", self.folder.path().join(name).display()),
+            ..stdio::Config::default()
+        }
+    }
+
     fn record_exists(&self, id: &str) -> bool {
         self.folder.path().join(id).join(RECORD_FILE).exists()
     }
@@ -310,6 +318,11 @@ impl World {
 
 async fn bounded<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(BOUND, what).await.expect("this must not hang")
+}
+
+/// Holds the stdout of a living process open, as a grandchild that outlives it does; its drain has to wait.
+fn hold_output(pid: u32) -> File {
+    File::options().write(true).open(format!("/proc/{pid}/fd/1")).unwrap()
 }
 
 fn exec_spec(script: &str) -> ExecSpec {
@@ -744,6 +757,35 @@ async fn two_deletes_at_once_get_the_same_answer_and_one_event() {
 }
 
 #[tokio::test]
+async fn two_deletes_of_a_created_task_at_once_get_the_same_answer_and_one_event() {
+    let world = world();
+    world.created("a", "exit 0").await;
+    world.fake.delete.close();
+    let release = async {
+        world.fake.delete.somebody_waits().await;
+        world.fake.delete.let_one_pass();
+    };
+    let both = async { tokio::join!(world.engine.delete("a", ""), world.engine.delete("a", ""), release) };
+    let (first, second, ()) = bounded(both).await;
+    assert_eq!(first.unwrap(), second.unwrap());
+    assert_eq!(world.told(), ["create a", "exit a", "delete a"]);
+}
+
+#[tokio::test]
+async fn two_deletes_of_an_exec_at_once_get_the_same_answer() {
+    let world = world();
+    let task = world.running("a", "sleep 1000").await;
+    task.exec("e", exec_spec("sleep 1000"), world.into_file("log")).unwrap();
+    let output = hold_output(task.start("e").await.unwrap());
+    task.kill("e", 9, false).await.unwrap();
+    bounded(task.wait("e")).await.unwrap();
+    let release = async { drop(output) };
+    let both = async { tokio::join!(world.engine.delete("a", "e"), world.engine.delete("a", "e"), release) };
+    let (first, second, ()) = bounded(both).await;
+    assert_eq!(first.unwrap(), second.unwrap());
+}
+
+#[tokio::test]
 async fn what_has_ended_cannot_be_killed_and_nothing_unknown_either() {
     let world = world();
     let task = world.running("a", "exit 0").await;
@@ -892,6 +934,74 @@ async fn init_that_dies_while_an_exec_is_being_born_waits_for_its_exit() {
 }
 
 #[tokio::test]
+async fn an_exec_that_is_born_after_inits_exit_was_told_is_ended_in_silence() {
+    let world = world();
+    let task = world.running("a", "sleep 1000").await;
+    world.fake.exec.close();
+    task.exec("e", exec_spec("sleep 1000"), stdio::Config::default())
+        .unwrap();
+    let start = tokio::spawn({
+        let task = task.clone();
+        async move { task.start("e").await }
+    });
+    bounded(world.fake.exec.somebody_waits()).await;
+    let init = task.init().pidfd().unwrap();
+    task.kill("", 9, false).await.unwrap();
+    bounded(init.wait_exited()).await.unwrap();
+    // The bound of waiting for the exec passes at once.
+    tokio::time::pause();
+    task.wait("").await.unwrap();
+    tokio::time::resume();
+    bounded(world.engine.delete("a", "")).await.unwrap();
+    world.fake.exec.let_one_pass();
+    refused(
+        bounded(start).await.unwrap(),
+        Kind::FailedPrecondition,
+        "init has ended",
+    );
+    assert_eq!(
+        world.told(),
+        ["create a", "start a", "exec-added e", "exit a", "delete a"]
+    );
+}
+
+#[tokio::test]
+async fn a_stdin_that_is_closed_before_the_exec_starts_ends() {
+    let world = world();
+    let task = world.running("a", "sleep 1000").await;
+    let fifo = world.folder.path().join("stdin");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let stdio = stdio::Config {
+        stdin: fifo.display().to_string(),
+        ..stdio::Config::default()
+    };
+    task.exec("e", exec_spec("read line && exit 8; exit 4"), stdio).unwrap();
+    task.close_stdin("e").unwrap();
+    task.start("e").await.unwrap();
+    assert_eq!(bounded(task.wait("e")).await.unwrap().status, 4);
+}
+
+#[tokio::test]
+async fn the_drains_of_many_execs_take_no_longer_than_that_of_one() {
+    let world = world();
+    let task = world.running("a", "sleep 1000").await;
+    let mut held = Vec::new();
+    for exec in ["e1", "e2", "e3", "e4"] {
+        task.exec(exec, exec_spec("sleep 1000"), world.into_file(exec)).unwrap();
+        held.push(hold_output(task.start(exec).await.unwrap()));
+    }
+    task.kill("", 9, false).await.unwrap();
+    bounded(task.wait("")).await.unwrap();
+    let bound = Duration::from_millis(task.record().options.drain_timeout_ms);
+    // From here on the clock moves only when everything waits for it.
+    tokio::time::pause();
+    let before = tokio::time::Instant::now();
+    world.engine.delete("a", "").await.unwrap();
+    assert!(before.elapsed() < 2 * bound);
+    drop(held);
+}
+
+#[tokio::test]
 async fn connect_to_an_unknown_task_answers_pid_0() {
     let world = world();
     assert_eq!(world.engine.connect("nope"), 0);
@@ -918,6 +1028,18 @@ async fn a_shutdown_ends_an_empty_shim_and_spares_a_living_task() {
     bounded(world.engine.delete("a", "")).await.unwrap();
     world.engine.shutdown();
     bounded(world.engine.done()).await;
+}
+
+#[tokio::test]
+async fn a_shim_that_shuts_down_takes_no_new_task() {
+    let world = world();
+    world.engine.shutdown();
+    refused(
+        world.engine.create(world.request("a", "exit 0")).await,
+        Kind::Unavailable,
+        "shutting down",
+    );
+    assert!(!world.record_exists("a"));
 }
 
 #[tokio::test(start_paused = true)]

@@ -15,7 +15,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::{
+    sync::{Notify, mpsc, oneshot},
+    time::Instant,
+};
 
 use super::{
     CGROUP_BOUND, CreateRequest, State,
@@ -365,13 +368,24 @@ impl Task {
         let (stdio, io) = self.open_stdio(&exec.process, exec_id).await?;
         let launched = self.backend.exec(&self.record(), exec_id, &exec.spec, io).await?;
         let process = launched.process.clone();
-        for signal in exec.process.launched(launched.pid, launched.process) {
-            // A Kill that came before there was anything to signal.
-            process.signal(signal).or_else(gone_is_fine)?;
-        }
-        if let Err(e) = stdio.launched().await {
+        let early = exec.process.launched(launched.pid, launched.process);
+        let ready = async {
+            for signal in early {
+                // A Kill that came before there was anything to signal.
+                process.signal(signal).or_else(gone_is_fine)?;
+            }
+            stdio.launched().await?;
+            match self.init.exit() {
+                None => Ok(()),
+                // Its supervisor did not wait any longer. No event of an exec may follow.
+                Some(_) => Err(Error::precondition("init has ended meanwhile")),
+            }
+        };
+        if let Err(e) = ready.await {
             process.signal(libc::SIGKILL).or_else(gone_is_fine)?;
-            launched.exit.await;
+            if tokio::time::timeout(KILL_BOUND, launched.exit).await.is_err() {
+                log::error!("an exec that was given up (pid {}) still runs", process.pid);
+            }
             return Err(e);
         }
         Ok(launched.exit)
@@ -460,6 +474,8 @@ impl Task {
             log::error!("processes of {} outlive its init: {e}", self.id());
         }
         let execs: Vec<Exec> = lock(&self.execs).values().cloned().collect();
+        // One for all of them, so that the exit of init does not wait longer the more execs hang.
+        let deadline = Instant::now() + KILL_BOUND;
         for exec in execs {
             let ended = async {
                 exec.process.until(|phase| *phase != Phase::Starting).await;
@@ -471,7 +487,7 @@ impl Task {
                     exec.process.wait().await;
                 }
             };
-            if tokio::time::timeout(KILL_BOUND, ended).await.is_err() {
+            if tokio::time::timeout_at(deadline, ended).await.is_err() {
                 log::error!(
                     "an exec of {} (pid {}) outlives its init",
                     self.id(),
@@ -745,14 +761,12 @@ impl Task {
         }
     }
 
-    /// CloseIO of stdin.
+    /// CloseIO of stdin, at any time: it is remembered for an exec that was not started yet.
     ///
     /// # Errors
     /// `NotFound`.
     pub fn close_stdin(&self, exec_id: &str) -> Result<()> {
-        if let Some(stdio) = self.process(exec_id)?.stdio() {
-            stdio.close_stdin();
-        }
+        self.process(exec_id)?.close_stdin();
         Ok(())
     }
 
@@ -760,38 +774,42 @@ impl Task {
 
     pub(super) async fn delete_exec(&self, exec_id: &str) -> Result<(u32, Exit)> {
         let process = self.process(exec_id)?;
-        if !process.shift(Phase::Created, Phase::Deleting) {
-            process.claim(Intent::Delete)?;
+        process.until(|phase| *phase != Phase::Deleting).await;
+        if process.phase() != Phase::Deleted {
+            if !process.shift(Phase::Created, Phase::Deleting) {
+                process.claim(Intent::Delete)?;
+            }
+            self.drain(&process, self.drain_deadline()).await;
+            process.set(Phase::Deleted);
+            lock(&self.execs).remove(exec_id);
         }
-        self.drain(&process).await;
-        process.set(Phase::Deleted);
-        lock(&self.execs).remove(exec_id);
         Ok((process.pid(), process.exit().unwrap_or(Exit::now(0))))
     }
 
     pub(super) async fn delete(&self) -> Result<(u32, Exit)> {
-        match self.init.phase() {
-            Phase::Creating => {
-                self.abort.notify_one();
-                self.init.until(|phase| *phase != Phase::Creating).await;
+        // Each wait leaves the phase that it began in, for whatever another call has made of it meanwhile.
+        loop {
+            match self.init.phase() {
+                Phase::Creating => {
+                    self.abort.notify_one();
+                    self.init.until(|phase| *phase != Phase::Creating).await;
+                }
+                Phase::Created => self.end_created().await?,
+                Phase::Deleting => self.init.until(|phase| *phase != Phase::Deleting).await,
+                Phase::Deleted => return Ok((self.init.pid(), self.init.exit().unwrap_or(Exit::now(137)))),
+                _ => break,
             }
-            Phase::Deleting => self.init.until(|phase| *phase != Phase::Deleting).await,
-            _ => {}
-        }
-        if self.init.phase() == Phase::Created {
-            self.end_created().await?;
-        }
-        if self.init.phase() == Phase::Deleted {
-            return Ok((self.init.pid(), self.init.exit().unwrap_or(Exit::now(137))));
         }
         self.init.claim(Intent::Delete)?;
         let exit = self.init.exit().unwrap_or(Exit::now(137));
         let execs = std::mem::take(&mut *lock(&self.execs));
+        // One for all execs, so that Delete does not take longer the more of them there are.
+        let deadline = self.drain_deadline();
         for exec in execs.into_values() {
-            self.drain(&exec.process).await;
+            self.drain(&exec.process, deadline).await;
             exec.process.set(Phase::Deleted);
         }
-        self.drain(&self.init).await;
+        self.drain(&self.init, self.drain_deadline()).await;
         if let Err(e) = self.remove_everything(Chance::NotLast).await {
             self.init.set(Phase::Stopped);
             return Err(e.context(format!("cannot delete task {}", self.id())));
@@ -824,14 +842,17 @@ impl Task {
         }
     }
 
-    /// Lets the rest of the output reach its reader, within the bound, and closes everything.
-    async fn drain(&self, process: &Process) {
+    fn drain_deadline(&self) -> Instant {
+        Instant::now() + Duration::from_millis(self.record().options.drain_timeout_ms)
+    }
+
+    /// Lets the rest of the output reach its reader, until the deadline, and closes everything.
+    async fn drain(&self, process: &Process, deadline: Instant) {
         process.take_io();
         let Some(stdio) = process.take_stdio() else { return };
-        let bound = Duration::from_millis(self.record().options.drain_timeout_ms);
-        if !stdio.drain(bound).await {
+        if !stdio.drain(deadline.saturating_duration_since(Instant::now())).await {
             log::warn!(
-                "output of {} (pid {}) was cut after {bound:?}",
+                "output of {} (pid {}) was cut; drain_timeout_ms bounds how long it is waited for",
                 self.id(),
                 process.pid()
             );

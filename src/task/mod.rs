@@ -152,7 +152,7 @@ impl Engine {
     /// # Errors
     /// `InvalidArgument` for a bad id, bundle, option or cgroup path; `AlreadyExists` for a duplicate id; `FailedPrecondition` when
     /// others live in the container's cgroup; `Unimplemented` for a backend that does not exist yet; `Aborted` when killed meanwhile;
-    /// else what failed.
+    /// `Unavailable` once the shim shuts down; else what failed.
     pub async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<u32> {
         check_id("task id", &request.id)?;
         if self.task(&request.id).is_ok() {
@@ -200,6 +200,10 @@ impl Engine {
         ));
         {
             let mut tasks = self.tasks();
+            // Under the lock, as in `shutdown`: of a Create and a Shutdown at once one sees the other.
+            if *self.done.borrow() {
+                return Err(Error::unavailable("this shim is shutting down; start another one"));
+            }
             if tasks.contains_key(&request.id) {
                 return Err(Error::already_exists(format!("task {}", request.id)));
             }
@@ -246,9 +250,12 @@ impl Engine {
     /// still be deleted.
     pub fn shutdown(self: &Arc<Self>) {
         let alive = |engine: &Self| engine.tasks().values().any(|task| task.init().exit().is_none());
-        if self.tasks().is_empty() {
-            self.done.send_replace(true);
-            return;
+        {
+            let tasks = self.tasks();
+            if tasks.is_empty() {
+                self.done.send_replace(true);
+                return;
+            }
         }
         if alive(self) {
             return;
@@ -276,9 +283,12 @@ impl Engine {
             let seen = self.changes.load(Ordering::Relaxed);
             match tokio::time::timeout(EMPTY, done.wait_for(|done| *done)).await {
                 Ok(_) => return,
-                Err(_) if self.tasks().is_empty() && self.changes.load(Ordering::Relaxed) == seen => {
-                    log::warn!("no task for {EMPTY:?}; shutting down");
-                    return;
+                Err(_) if self.changes.load(Ordering::Relaxed) == seen => {
+                    let tasks = self.tasks();
+                    if tasks.is_empty() {
+                        log::warn!("no task for {EMPTY:?}; shutting down");
+                        self.done.send_replace(true);
+                    }
                 }
                 Err(_) => {}
             }

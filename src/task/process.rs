@@ -135,6 +135,8 @@ struct Live {
     io: Option<ChildIo>,
     /// Signals that came before there was a process.
     at_birth: Vec<i32>,
+    /// CloseIO came; it may come before there is any stdio.
+    stdin_closed: bool,
 }
 
 impl Process {
@@ -236,9 +238,22 @@ impl Process {
         self.live().stdio.clone()
     }
 
-    /// Remembers its stdio.
+    /// Remembers its stdio, and closes its stdin if that was asked for before.
     pub fn set_stdio(&self, stdio: Arc<Stdio>) {
-        self.live().stdio = Some(stdio);
+        let mut live = self.live();
+        if live.stdin_closed {
+            stdio.close_stdin();
+        }
+        live.stdio = Some(stdio);
+    }
+
+    /// Lets stdin end, now or as soon as there is one: the client of an exec may see the end of its own input before Start.
+    pub fn close_stdin(&self) {
+        let mut live = self.live();
+        live.stdin_closed = true;
+        if let Some(stdio) = &live.stdio {
+            stdio.close_stdin();
+        }
     }
 
     /// Takes its stdio away; what is not shared is closed with it.
