@@ -271,7 +271,7 @@ struct Stat {
 
 fn read_stat(pid: u32) -> Result<Stat> {
     let path = format!("/proc/{pid}/stat");
-    let text = fs::read(&path).context(|| format!("cannot read {path}"))?;
+    let text = super::read_kernel_file(&path).context(|| format!("cannot read {path}"))?;
     parse_stat(&text).ok_or_else(|| Error::unknown(format!("cannot parse {path}")))
 }
 
