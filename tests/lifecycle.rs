@@ -1,5 +1,7 @@
 //! The engine on a fake backend: real processes without a container, and gates at which the test can hold a call.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
 use std::{
     collections::HashMap,
     fs::File,
@@ -383,7 +385,7 @@ async fn a_deleted_task_leaves_no_record_and_its_id_is_free() {
 #[tokio::test]
 async fn a_duplicate_id_is_refused_and_the_first_task_lives_on() {
     let world = world();
-    let task = world.running("a", "sleep 1000").await;
+    let task = world.running("a", "exec sleep 1000").await;
     refused(
         world.engine.create(world.request("a", "exit 0")).await,
         Kind::AlreadyExists,
@@ -431,7 +433,7 @@ async fn ids_that_could_leave_a_folder_are_refused() {
         request.id = id.into();
         refused(world.engine.create(request).await, Kind::InvalidArgument, "task id");
     }
-    let task = world.running("a", "sleep 1000").await;
+    let task = world.running("a", "exec sleep 1000").await;
     refused(
         task.exec("../x", exec_spec("exit 0"), stdio::Config::default()),
         Kind::InvalidArgument,
@@ -598,7 +600,7 @@ async fn a_delete_during_a_slow_create_gives_it_up() {
 async fn kill_works_during_a_slow_start_and_the_exit_comes_after_the_start() {
     let world = world();
     world.fake.start.close();
-    let task = world.created("a", "sleep 1000").await;
+    let task = world.created("a", "exec sleep 1000").await;
     let start = tokio::spawn({
         let task = task.clone();
         async move { task.start("").await }
@@ -687,13 +689,13 @@ async fn a_created_task_that_is_deleted_ends_and_tells_so() {
 #[tokio::test]
 async fn a_running_task_and_a_running_exec_cannot_be_deleted() {
     let world = world();
-    let task = world.running("a", "sleep 1000").await;
+    let task = world.running("a", "exec sleep 1000").await;
     refused(
         world.engine.delete("a", "").await,
         Kind::FailedPrecondition,
         "cannot delete a running process",
     );
-    task.exec("e", exec_spec("sleep 1000"), stdio::Config::default())
+    task.exec("e", exec_spec("exec sleep 1000"), stdio::Config::default())
         .unwrap();
     task.start("e").await.unwrap();
     refused(
@@ -707,7 +709,7 @@ async fn a_running_task_and_a_running_exec_cannot_be_deleted() {
 #[tokio::test]
 async fn a_started_process_cannot_be_started_again() {
     let world = world();
-    let task = world.running("a", "sleep 1000").await;
+    let task = world.running("a", "exec sleep 1000").await;
     refused(
         task.start("").await,
         Kind::FailedPrecondition,
@@ -808,7 +810,7 @@ async fn what_has_ended_cannot_be_killed_and_nothing_unknown_either() {
 #[tokio::test]
 async fn an_exec_that_was_never_started_cannot_be_killed_but_deleted() {
     let world = world();
-    let task = world.running("a", "sleep 1000").await;
+    let task = world.running("a", "exec sleep 1000").await;
     task.exec("e", exec_spec("exit 0"), stdio::Config::default()).unwrap();
     refused(task.kill("e", 9, false).await, Kind::NotFound, "process not created");
     bounded(world.engine.delete("a", "e")).await.unwrap();
@@ -819,7 +821,7 @@ async fn an_exec_that_was_never_started_cannot_be_killed_but_deleted() {
 #[tokio::test]
 async fn an_exec_tells_added_started_exit_and_keeps_its_status_until_deleted() {
     let world = world();
-    let task = world.running("a", "sleep 1000").await;
+    let task = world.running("a", "exec sleep 1000").await;
     task.exec("e", exec_spec("exit 5"), stdio::Config::default()).unwrap();
     refused(
         task.exec("e", exec_spec("exit 5"), stdio::Config::default()),
@@ -843,9 +845,9 @@ async fn an_exec_tells_added_started_exit_and_keeps_its_status_until_deleted() {
 #[tokio::test]
 async fn a_signal_for_an_exec_that_is_being_born_is_delivered_at_its_birth() {
     let world = world();
-    let task = world.running("a", "sleep 1000").await;
+    let task = world.running("a", "exec sleep 1000").await;
     world.fake.exec.close();
-    task.exec("e", exec_spec("sleep 1000"), stdio::Config::default())
+    task.exec("e", exec_spec("exec sleep 1000"), stdio::Config::default())
         .unwrap();
     let start = tokio::spawn({
         let task = task.clone();
@@ -862,7 +864,7 @@ async fn a_signal_for_an_exec_that_is_being_born_is_delivered_at_its_birth() {
 #[tokio::test]
 async fn an_exec_that_cannot_start_stays_created_and_is_deletable() {
     let world = world();
-    let task = world.running("a", "sleep 1000").await;
+    let task = world.running("a", "exec sleep 1000").await;
     world.fake.fail_once("exec");
     task.exec("e", exec_spec("exit 0"), stdio::Config::default()).unwrap();
     refused(task.start("e").await, Kind::Unknown, "exec was told to fail");
@@ -874,9 +876,9 @@ async fn an_exec_that_cannot_start_stays_created_and_is_deletable() {
 async fn the_exits_of_execs_come_before_inits_and_no_exec_starts_after_it() {
     for _ in 0..20 {
         let world = world();
-        let task = world.running("a", "sleep 1000").await;
+        let task = world.running("a", "exec sleep 1000").await;
         for exec in ["e1", "e2", "e3"] {
-            task.exec(exec, exec_spec("sleep 1000"), stdio::Config::default())
+            task.exec(exec, exec_spec("exec sleep 1000"), stdio::Config::default())
                 .unwrap();
             task.start(exec).await.unwrap();
         }
@@ -905,9 +907,9 @@ async fn the_exits_of_execs_come_before_inits_and_no_exec_starts_after_it() {
 #[tokio::test]
 async fn init_that_dies_while_an_exec_is_being_born_waits_for_its_exit() {
     let world = world();
-    let task = world.running("a", "sleep 1000").await;
+    let task = world.running("a", "exec sleep 1000").await;
     world.fake.exec.close();
-    task.exec("e", exec_spec("sleep 1000"), stdio::Config::default())
+    task.exec("e", exec_spec("exec sleep 1000"), stdio::Config::default())
         .unwrap();
     let start = tokio::spawn({
         let task = task.clone();
@@ -1005,21 +1007,21 @@ async fn the_drains_of_many_execs_take_no_longer_than_that_of_one() {
 async fn connect_to_an_unknown_task_answers_pid_0() {
     let world = world();
     assert_eq!(world.engine.connect("nope"), 0);
-    let task = world.running("a", "sleep 1000").await;
+    let task = world.running("a", "exec sleep 1000").await;
     assert_eq!(world.engine.connect("a"), task.init().pid());
 }
 
 #[tokio::test]
 async fn pids_are_never_empty_while_init_lives() {
     let world = world();
-    let task = world.running("a", "sleep 1000").await;
+    let task = world.running("a", "exec sleep 1000").await;
     assert_eq!(task.pids(), [(task.init().pid(), None)]);
 }
 
 #[tokio::test]
 async fn a_shutdown_ends_an_empty_shim_and_spares_a_living_task() {
     let world = world();
-    let task = world.running("a", "sleep 1000").await;
+    let task = world.running("a", "exec sleep 1000").await;
     world.engine.shutdown();
     assert!(!world.engine.is_idle());
     task.kill("", 9, false).await.unwrap();
@@ -1077,7 +1079,7 @@ async fn cleanup_reports_the_exit_that_the_dead_shim_had_recorded() {
 #[tokio::test]
 async fn cleanup_ends_an_init_that_outlived_its_shim() {
     let world = world();
-    let task = world.running("a", "sleep 1000").await;
+    let task = world.running("a", "exec sleep 1000").await;
     let init = task.init().pidfd().unwrap();
     let bundle = world.folder.path().join("a");
     let cleaned = cleanup(&bundle, "test", "a", &backends(&world.fake)).await.unwrap();

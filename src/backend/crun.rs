@@ -84,7 +84,7 @@ impl Verb {
         match self {
             Self::Create => "Delete removes what it made",
             Self::Start | Self::Restore => "the container may be running; State tells, Delete ends it",
-            Self::Exec => "its process was killed if it existed",
+            Self::Exec => "its process was killed if crun had told its pid, else it ends with the container",
             Self::Update => "some of the limits may be set; Update again",
             Self::Checkpoint => "the images are incomplete, and the container may be frozen; Resume or Delete it",
             Self::Delete => "Delete again to remove the rest",
@@ -198,6 +198,7 @@ impl Crun {
         // The process becomes our child when crun leaves, and may end before its number is known here.
         let hold = self.reaper.hold();
         let mut birth = Birth {
+            reaper: self.reaper.clone(),
             pid_file: Scratch::new(&[])?,
             done: false,
         };
@@ -213,6 +214,12 @@ impl Crun {
                 verb.name()
             )));
         };
+        if !self.reaper.may_be_left_to_us(pid) {
+            return Err(Error::unknown(format!(
+                "OCI runtime {} failed: crun told pid {pid}, which is no process that it has made; check crun_binary",
+                verb.name()
+            )));
+        }
         let (process, exit) = self.reaper.adopt(pid)?;
         birth.done = true;
         drop(hold);
@@ -352,6 +359,25 @@ impl Backend for Crun {
         Error::all(errors).map_or(Ok(()), Err)
     }
 
+    /// The poststop hooks do not run then. They are crun's to run, and it is crun that does not work.
+    async fn erase(&self, rec: &Record, failed: Error) -> Result<()> {
+        let dir = state_dir(rec)?;
+        if let Some(status) = read_status(&dir) {
+            if status.is_of_another(&rec.bundle) {
+                return Err(failed);
+            }
+            if let Some(init) = status.identity() {
+                end(&init, KILL_TIMEOUT).await?;
+            }
+        }
+        self.undo_half_made(rec, &dir).await?;
+        log::warn!(
+            "container {} was removed without crun, its poststop hooks did not run: {failed}",
+            rec.id
+        );
+        Ok(())
+    }
+
     async fn update(&self, rec: &Record, resources_json: &[u8]) -> Result<()> {
         let resources = Scratch::new(resources_json)?;
         let args = vec![
@@ -416,6 +442,7 @@ impl Scratch {
 
 /// A process that crun is about to make. Dropped before it was adopted, it is killed, so that a failed or cancelled call leaves none.
 struct Birth {
+    reaper: Reaper,
     pid_file: Scratch,
     done: bool,
 }
@@ -436,27 +463,13 @@ impl Drop for Birth {
             return;
         }
         if let Ok(Some(pid)) = self.pid()
-            // The number may be another's if crun has reaped the process itself; one of ours is nobody's but crun's.
+            // The number may be another's: crun has reaped the process itself, or has told nonsense.
             && let Ok(process) = Pidfd::open(pid)
-            && is_descendant(pid)
+            && self.reaper.may_be_left_to_us(pid)
         {
             let _ = process.signal(libc::SIGKILL);
         }
     }
-}
-
-/// Whether the process is our child, or a child of one.
-fn is_descendant(pid: u32) -> bool {
-    let parent = |pid: u32| -> Option<u32> {
-        let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        text.lines()
-            .find_map(|line| line.strip_prefix("PPid:"))?
-            .trim()
-            .parse()
-            .ok()
-    };
-    let me = std::process::id();
-    parent(pid).is_some_and(|first| first == me || parent(first) == Some(me))
 }
 
 fn parse_pid(text: &[u8]) -> Result<u32> {

@@ -155,6 +155,16 @@ pub trait Backend: Send + Sync {
     /// past errors and reports all of them.
     async fn delete(&self, rec: &Record) -> Result<()>;
 
+    /// The last resort after a [`Backend::delete`] that ended with `failed`, where nobody will call it again: ends and removes by
+    /// hand, without the authority, what it has not. Idempotent.
+    ///
+    /// # Errors
+    /// `failed` where that cannot be done, or what went wrong by hand.
+    async fn erase(&self, rec: &Record, failed: Error) -> Result<()> {
+        let _ = rec;
+        Err(failed)
+    }
+
     /// Applies OCI `linux.resources` (JSON) to the running container.
     async fn update(&self, rec: &Record, resources_json: &[u8]) -> Result<()> {
         let _ = (rec, resources_json);

@@ -20,6 +20,8 @@ const RUNTIME_OPTIONS: &str = "runtimeoptions.v1.Options";
 /// The name of the same message in the CRI plugin before it moved into containerd's API.
 const CRI_RUNTIME_OPTIONS: &str = "cri.runtimeoptions.v1.Options";
 const RUNC: &str = "containerd.runc.v1.Options";
+/// What `ctr run --uidmap` still sends, whatever the runtime: the options of containerd's first shim.
+const RUNC_FIRST: &str = "containerd.linux.runc.CreateOptions";
 
 /// Upper bound of the encoded options: a TOML body as large as a file may be, and its envelope.
 const VALUE_MAX_BYTES: usize = file::TEXT_MAX_BYTES + 4096;
@@ -52,6 +54,8 @@ pub(super) fn decode(any: Any<'_>) -> Result<Decoded> {
         runtime_options(any.value)
     } else if is(any.type_url, RUNC) {
         runc(any.value).map(Decoded::Layer)
+    } else if is(any.type_url, RUNC_FIRST) {
+        runc_first(any.value).map(Decoded::Layer)
     } else {
         Err(Error::invalid(format!(
             "unknown type {} of runtime options; known are {OURS}, {RUNTIME_OPTIONS} and {RUNC}",
@@ -62,7 +66,7 @@ pub(super) fn decode(any: Any<'_>) -> Result<Decoded> {
 
 /// Whether a type URL names options that [`decode`] takes.
 pub(super) fn is_known(type_url: &str) -> bool {
-    [OURS, RUNTIME_OPTIONS, CRI_RUNTIME_OPTIONS, RUNC]
+    [OURS, RUNTIME_OPTIONS, CRI_RUNTIME_OPTIONS, RUNC, RUNC_FIRST]
         .iter()
         .any(|name| is(type_url, name))
 }
@@ -126,12 +130,49 @@ fn runtime_options(value: &[u8]) -> Result<Decoded> {
     Ok(Decoded::File(path.into()))
 }
 
+/// The fields of `containerd.linux.runc.CreateOptions` that decide something here (containerd: api/types/runc, runctypes).
+#[derive(Clone, PartialEq, prost::Message)]
+struct CreateOptions {
+    #[prost(bool, tag = "1")]
+    no_pivot_root: bool,
+    #[prost(bool, tag = "8")]
+    no_new_keyring: bool,
+    #[prost(string, tag = "9")]
+    shim_cgroup: String,
+    #[prost(uint32, tag = "10")]
+    io_uid: u32,
+    #[prost(uint32, tag = "11")]
+    io_gid: u32,
+    #[prost(string, tag = "12")]
+    criu_work_path: String,
+    #[prost(string, tag = "13")]
+    criu_image_path: String,
+}
+
+fn runc_first(value: &[u8]) -> Result<Layer> {
+    let old = CreateOptions::decode(value).map_err(|e| undecodable(RUNC_FIRST).with_source(e))?;
+    let same = oci::Options {
+        no_pivot_root: old.no_pivot_root,
+        no_new_keyring: old.no_new_keyring,
+        shim_cgroup: old.shim_cgroup,
+        io_uid: old.io_uid,
+        io_gid: old.io_gid,
+        criu_work_path: old.criu_work_path,
+        criu_image_path: old.criu_image_path,
+        ..oci::Options::default()
+    };
+    runc_layer(same)
+}
+
 /// The options of containerd's runc shim. In this message unset, empty, zero and false are the same: not set.
 ///
 /// `criu_path` (crun has CRIU as a library), `task_api_address` and `task_api_version` (read by containerd itself) decide nothing
 /// here. Fields newer than this crate are runc's business.
 fn runc(value: &[u8]) -> Result<Layer> {
-    let options = oci::Options::parse_from_bytes(value).map_err(|e| undecodable(RUNC).with_source(e))?;
+    runc_layer(oci::Options::parse_from_bytes(value).map_err(|e| undecodable(RUNC).with_source(e))?)
+}
+
+fn runc_layer(options: oci::Options) -> Result<Layer> {
     let text = |text: String| Some(text).filter(|text| !text.is_empty());
     let flag = |flag: bool| flag.then_some(true);
     let id = |id: u32| Some(id).filter(|id| *id != 0);

@@ -506,6 +506,16 @@ fn fields_of_runc_that_decide_nothing_here_are_taken() {
 }
 
 #[test]
+fn what_ctr_sends_for_a_user_namespace_is_taken() {
+    // io_uid (field 10) = io_gid (field 11) = 231072, as `ctr run --uidmap` encodes it.
+    let value = [0x50, 0xa0, 0x8d, 0x0e, 0x58, 0xa0, 0x8d, 0x0e];
+    let options = Given::any("containerd.linux.runc.CreateOptions", value.into())
+        .resolve()
+        .unwrap();
+    assert_eq!((options.io_uid, options.io_gid), (231_072, 231_072));
+}
+
+#[test]
 fn a_binary_name_of_runc_is_refused_and_one_of_crun_works() {
     let with = |name: &str| {
         let options = oci::Options {

@@ -186,14 +186,14 @@ fn process_error(error: io::Error, what: &str) -> Error {
 /// # Errors
 /// `NotFound` when there is none; `Unknown` when `/proc` cannot be understood.
 pub fn identity(pid: u32) -> Result<Identity> {
-    let (_, start_ticks) = read_stat(pid)?;
+    let Stat { start_ticks, .. } = read_stat(pid)?;
     Ok(Identity { pid, start_ticks })
 }
 
 /// Whether that very process still runs; a zombie does not.
 pub fn is_alive(identity: &Identity) -> bool {
     read_stat(identity.pid)
-        .is_ok_and(|(state, start_ticks)| start_ticks == identity.start_ticks && !matches!(state, b'Z' | b'X' | b'x'))
+        .is_ok_and(|stat| stat.start_ticks == identity.start_ticks && !matches!(stat.state, b'Z' | b'X' | b'x'))
 }
 
 /// Ends that very process, which need not be a child of ours, and waits until it has ended. Gone already is success.
@@ -224,21 +224,71 @@ pub async fn end(identity: &Identity, bound: Duration) -> Result<()> {
         })
 }
 
-fn read_stat(pid: u32) -> Result<(u8, u64)> {
+/// What a dead process left of the session that it led, except its own process group: the process groups of programs that it ran,
+/// with everything that those ran and that has not left the group. Empty as long as the leader lives.
+///
+/// Only processes in the cgroup of this process, or in `cgroup`, count: should the numbers have been given away once more since
+/// then, they are of another cgroup.
+///
+/// # Errors
+/// The operating system's.
+pub fn left_of_session(leader: &Identity, cgroup: &str) -> Result<Vec<Identity>> {
+    let mut left = Vec::new();
+    // A number that is in use as a session's is given to no new process.
+    if read_stat(leader.pid).is_ok_and(|stat| stat.start_ticks != leader.start_ticks) || is_alive(leader) {
+        return Ok(left);
+    }
+    let cgroups_of = |pid: &str| fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let own = cgroups_of("self");
+    for entry in fs::read_dir("/proc").context(|| "cannot read /proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let Ok(stat) = read_stat(pid) else { continue };
+        if stat.session != leader.pid || stat.group == leader.pid || stat.start_ticks < leader.start_ticks {
+            continue;
+        }
+        let cgroups = cgroups_of(&pid.to_string());
+        if cgroups == own || (!cgroup.is_empty() && cgroups.lines().any(|line| line.ends_with(&format!(":{cgroup}")))) {
+            left.push(Identity {
+                pid,
+                start_ticks: stat.start_ticks,
+            });
+        }
+    }
+    Ok(left)
+}
+
+/// The part of proc_pid_stat(5) that is read here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stat {
+    state: u8,
+    parent: u32,
+    group: u32,
+    session: u32,
+    start_ticks: u64,
+}
+
+fn read_stat(pid: u32) -> Result<Stat> {
     let path = format!("/proc/{pid}/stat");
     let text = fs::read(&path).context(|| format!("cannot read {path}"))?;
     parse_stat(&text).ok_or_else(|| Error::unknown(format!("cannot parse {path}")))
 }
 
-/// State and start time (proc_pid_stat(5), fields 3 and 22).
-fn parse_stat(text: &[u8]) -> Option<(u8, u64)> {
+/// Fields 3 to 6, and 22.
+fn parse_stat(text: &[u8]) -> Option<Stat> {
     // The program's name is in parentheses and may contain any character, so fields are counted from the last one.
     let after_name = text.iter().rposition(|byte| *byte == b')')? + 1;
     let mut fields = std::str::from_utf8(text.get(after_name..)?)
         .ok()?
         .split_ascii_whitespace();
-    let state = *fields.next()?.as_bytes().first()?;
-    Some((state, fields.nth(18)?.parse().ok()?))
+    Some(Stat {
+        state: *fields.next()?.as_bytes().first()?,
+        parent: fields.next()?.parse().ok()?,
+        group: fields.next()?.parse().ok()?,
+        session: fields.next()?.parse().ok()?,
+        start_ticks: fields.nth(15)?.parse().ok()?,
+    })
 }
 
 /// A program to be run, with everything that its process starts with.
@@ -734,7 +784,26 @@ impl Reaper {
         ))
     }
 
+    /// Whether a program that was started here may have made that process: it is a child of such a program which still runs, or has
+    /// become ours, and nobody has taken it over. What programs tell about pids is not to be believed without that.
+    pub fn may_be_left_to_us(&self, pid: u32) -> bool {
+        let own = std::process::id();
+        let is_owned = |pid: u32| self.lock().owned.contains_key(&pid);
+        let Ok(process) = read_stat(pid) else { return false };
+        if process.parent == own {
+            return !is_owned(pid);
+        }
+        // The processes of containers have owned parents too, but those lead sessions of their own.
+        let (Ok(parent), Ok(us)) = (read_stat(process.parent), read_stat(own)) else {
+            return false;
+        };
+        parent.parent == own && is_owned(process.parent) && parent.session == us.session
+    }
+
     /// While the guard lives, strangers are not reaped: a launch is in flight whose pid is not known yet.
+    ///
+    /// Keep it for the launch only, and never while waiting for a container to end: the init of a pid namespace does not end before
+    /// every process in it is reaped, strangers of ours too (pid_namespaces(7)).
     pub fn hold(&self) -> Hold {
         self.lock().holds += 1;
         Hold { reaper: self.clone() }

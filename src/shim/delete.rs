@@ -1,6 +1,11 @@
 //! `delete`: cleans up after a shim that died, in a process of its own.
 
-use std::{env, fs, path::Path, time::Duration};
+use std::{
+    env, fs,
+    io::{self, Write},
+    path::Path,
+    time::Duration,
+};
 
 use containerd_shim_protos::{
     api::DeleteResponse,
@@ -24,6 +29,24 @@ use crate::{
 /// containerd gives 5 s and kills then; what it would kill could not say what is left.
 const BOUND: Duration = Duration::from_millis(4_500);
 
+/// What is worth a warning goes to stderr, which containerd puts into its log.
+struct StderrLog;
+
+impl log::Log for StderrLog {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::Level::Warn
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) {
+            // Nobody is left who could be told that this failed.
+            let _ = io::stderr().write_all(format!("{}\n", record.args()).as_bytes());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
 /// Does it, for the bundle that `-bundle` names or the working directory. Returns what is to be printed. Idempotent.
 ///
 /// # Errors
@@ -31,6 +54,9 @@ const BOUND: Duration = Duration::from_millis(4_500);
 pub fn delete(flags: &Flags) -> Result<Vec<u8>> {
     check_id("namespace", &flags.namespace)?;
     check_id("id", &flags.id)?;
+    if log::set_logger(&StderrLog).is_ok() {
+        log::set_max_level(log::LevelFilter::Warn);
+    }
     let bundle = match &flags.bundle {
         Some(path) => path.clone(),
         None => env::current_dir().context(|| "cannot see the working directory")?,
@@ -57,7 +83,7 @@ pub fn delete(flags: &Flags) -> Result<Vec<u8>> {
     let cleaned = cleaned?;
     if let Err(e) = socket {
         // The container is gone; a file too many is worth a warning only.
-        let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("{e}\n").as_bytes());
+        log::warn!("{e}");
     }
     DeleteResponse {
         pid: cleaned.pid,

@@ -30,7 +30,7 @@ use super::{
     stdio::{self, Stdio},
 };
 use crate::{
-    backend::{Backend, BoxFuture, CheckpointOptions, ChildIo, ExecSpec, Exit, Launched, check_id},
+    backend::{Backend, BoxFuture, CheckpointOptions, ChildIo, ExecSpec, Exit, Launched, Observed, check_id},
     error::{Error, Kind, Result},
     host::{
         cgroup::{Cgroup, Metrics, OomWatch},
@@ -65,6 +65,13 @@ pub struct Task {
 struct Exec {
     process: Arc<Process>,
     spec: Arc<ExecSpec>,
+}
+
+/// Whether somebody may ask again for what could not be removed.
+#[derive(Debug, Clone, Copy)]
+enum Chance {
+    NotLast,
+    Last,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -176,7 +183,7 @@ impl Task {
                 Ok(pid)
             }
             Err(error) => {
-                if let Err(undo) = self.remove_everything().await {
+                if let Err(undo) = self.remove_everything(Chance::Last).await {
                     log::error!("cannot undo the create of {}: {undo}", request.id);
                 }
                 self.init.set(Phase::Deleted);
@@ -260,10 +267,7 @@ impl Task {
             )));
         }
         let started = self.backend.start(&self.record(), &mut io).await;
-        let failed = |e: Error| {
-            self.init.shift(Phase::Starting, Phase::Created);
-            Err(e.context(format!("cannot start task {}", self.id())))
-        };
+        let failed = |e: Error| e.context(format!("cannot start task {}", self.id()));
         let born = match started {
             Ok(None) => None,
             Ok(Some(launched)) => match self.adopt(&launched) {
@@ -273,14 +277,14 @@ impl Task {
                     if let Err(e) = launched.process.signal(libc::SIGKILL).or_else(gone_is_fine) {
                         log::error!("cannot end init of {}: {e}", self.id());
                     }
-                    let failed = failed(e);
+                    self.init.shift(Phase::Starting, Phase::Created);
                     self.supervise_init(launched.exit);
-                    return failed;
+                    return Err(failed(e));
                 }
             },
             Err(e) => {
-                self.init.keep_io(io);
-                return failed(e);
+                self.start_failed(io).await;
+                return Err(failed(e));
             }
         };
         if born.is_some()
@@ -303,6 +307,24 @@ impl Task {
             self.supervise_init(exit);
         }
         Ok(pid)
+    }
+
+    /// Finds out what a failed start has left: a container as before, or one whose program runs all the same.
+    async fn start_failed(&self, io: Option<ChildIo>) {
+        let alive = self.init.pidfd().is_some_and(|init| !init.has_exited());
+        if alive && let Ok(Observed::Running { pid }) = self.backend.observe(&self.record()).await {
+            self.publish(
+                Event::Start {
+                    container_id: self.id(),
+                    pid,
+                },
+                SystemTime::now(),
+            );
+            self.init.shift(Phase::Starting, Phase::Running);
+            return;
+        }
+        self.init.keep_io(io);
+        self.init.shift(Phase::Starting, Phase::Created);
     }
 
     async fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<u32> {
@@ -549,11 +571,16 @@ impl Task {
 
     async fn signal_one(&self, process: &Process, pidfd: &Pidfd, signal: i32) -> Result<()> {
         pidfd.signal(signal)?;
-        let frozen = matches!(self.init.phase(), Phase::Paused | Phase::Pausing);
-        if signal == libc::SIGKILL && frozen && Arc::as_ptr(&self.init) == std::ptr::from_ref(process) {
-            // A frozen v1 cgroup keeps even a killed process; v2 lets it go.
-            let cgroup = self.cgroup()?;
-            if !cgroup.is_v2() {
+        let is_init = Arc::as_ptr(&self.init) == std::ptr::from_ref(process);
+        // A frozen v1 cgroup keeps even a killed process; v2 lets it go.
+        if signal == libc::SIGKILL
+            && is_init
+            && let Ok(cgroup) = self.cgroup()
+            && !cgroup.is_v2()
+        {
+            let paused = matches!(self.init.phase(), Phase::Paused | Phase::Pausing);
+            // Others than us may freeze it, too.
+            if paused || cgroup.is_frozen().unwrap_or(false) {
                 cgroup.thaw(FREEZE_BOUND).await?;
             }
         }
@@ -645,7 +672,8 @@ impl Task {
     /// `FailedPrecondition` when it has ended; what the backend said otherwise.
     pub async fn update(&self, resources_json: &[u8]) -> Result<()> {
         next(self.init.phase(), Intent::Update)?;
-        serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(resources_json)
+        // crun takes what it does not understand for "not mentioned".
+        serde_json::from_slice::<oci_spec::runtime::LinuxResources>(resources_json)
             .map_err(|e| Error::invalid("resources are not an OCI linux.resources object").with_source(e))?;
         self.backend.update(&self.record(), resources_json).await
     }
@@ -778,7 +806,7 @@ impl Task {
             exec.process.set(Phase::Deleted);
         }
         self.drain(&self.init, self.drain_deadline()).await;
-        if let Err(e) = self.remove_everything().await {
+        if let Err(e) = self.remove_everything(Chance::NotLast).await {
             self.init.set(Phase::Stopped);
             return Err(e.context(format!("cannot delete task {}", self.id())));
         }
@@ -799,7 +827,9 @@ impl Task {
     async fn end_created(&self) -> Result<()> {
         match self.init.pidfd() {
             Some(pidfd) => {
-                pidfd.signal(libc::SIGKILL).or_else(gone_is_fine)?;
+                self.signal_one(&self.init, &pidfd, libc::SIGKILL)
+                    .await
+                    .or_else(gone_is_fine)?;
                 self.init.wait_bounded(KILL_BOUND, "init of a created container").await
             }
             // Not born yet (a backend that gives birth in Start): nothing to end.
@@ -826,12 +856,16 @@ impl Task {
     }
 
     /// Undoes what Create did, in the reverse order; goes on past errors.
-    async fn remove_everything(&self) -> Result<()> {
+    async fn remove_everything(&self, chance: Chance) -> Result<()> {
         self.init.take_io();
         self.init.take_stdio();
         let record = self.record();
         let mut errors = Vec::new();
-        errors.extend(self.backend.delete(&record).await.err());
+        let deleted = match (self.backend.delete(&record).await, chance) {
+            (Err(e), Chance::Last) => self.backend.erase(&record, e).await,
+            (deleted, _) => deleted,
+        };
+        errors.extend(deleted.err());
         if let (Some(pidfd), None) = (self.init.pidfd(), self.init.exit()) {
             // The create failed after init was born; the backend knows it or not, it must go.
             errors.extend(pidfd.signal(libc::SIGKILL).or_else(gone_is_fine).err());

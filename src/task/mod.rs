@@ -47,6 +47,10 @@ const EMPTY: Duration = Duration::from_secs(300);
 /// Bound of ending what is left in a dead container's cgroup, and of removing the cgroup.
 const CGROUP_BOUND: Duration = Duration::from_secs(3);
 
+/// Bound of each call of the runtime program in [`cleanup`], which has 5 s in all: what the program does not do in time is done by
+/// hand.
+const CLEANUP_CALL_BOUND: Duration = Duration::from_secs(2);
+
 /// Chooses the backend of a container.
 pub type Backends = Box<dyn Fn(&Options) -> Result<Arc<dyn Backend>> + Send + Sync>;
 
@@ -183,6 +187,7 @@ impl Engine {
             restore_from: (!request.checkpoint.is_empty()).then(|| PathBuf::from(&request.checkpoint)),
             options,
             cgroup: None,
+            shim: command::identity(std::process::id()).ok(),
             init: None,
             exit: None,
         };
@@ -307,7 +312,7 @@ pub struct Cleaned {
 pub async fn cleanup(bundle: &Path, namespace: &str, id: &str, backends: &Backends) -> Result<Cleaned> {
     check_id("task id", id)?;
     let unknown = Exit::now(137);
-    let record = match Record::load(bundle) {
+    let mut record = match Record::load(bundle) {
         Ok(Some(record)) if record.id == id && record.namespace == namespace => record,
         Ok(Some(other)) => {
             return Err(Error::precondition(format!(
@@ -324,9 +329,27 @@ pub async fn cleanup(bundle: &Path, namespace: &str, id: &str, backends: &Backen
             return Err(e);
         }
     };
+    let call_bound = u64::try_from(CLEANUP_CALL_BOUND.as_millis()).unwrap_or(u64::MAX);
+    record.options.runtime_timeout_ms = record.options.runtime_timeout_ms.min(call_bound);
     let mut errors = Vec::new();
+    if let Some(shim) = &record.shim {
+        // Hooks of a runtime program that died with the shim.
+        let left = command::left_of_session(shim, &record.options.shim_cgroup);
+        for process in left.unwrap_or_else(|e| {
+            errors.push(e);
+            Vec::new()
+        }) {
+            errors.extend(command::end(&process, CGROUP_BOUND).await.err());
+        }
+    }
     match backends(&record.options) {
-        Ok(backend) => errors.extend(backend.delete(&record).await.err()),
+        Ok(backend) => {
+            let deleted = match backend.delete(&record).await {
+                Err(e) => backend.erase(&record, e).await,
+                deleted => deleted,
+            };
+            errors.extend(deleted.err());
+        }
         Err(e) => errors.push(e),
     }
     if let Some(init) = &record.init {

@@ -55,6 +55,9 @@ pub struct Record {
     /// The container's cgroup, once init lives in it.
     #[serde(default)]
     pub cgroup: Option<Cgroup>,
+    /// The shim.
+    #[serde(default)]
+    pub shim: Option<Identity>,
     /// Init, once it exists.
     #[serde(default)]
     pub init: Option<Identity>,
@@ -164,6 +167,7 @@ mod tests {
             shares_pid_namespace: true,
             restore_from: None,
             cgroup: None,
+            shim: None,
             init: Some(Identity {
                 pid: 7,
                 start_ticks: u64::MAX,

@@ -156,33 +156,37 @@ fn a_detached_container_is_listed_entered_paused_measured_and_killed() {
 }
 
 #[test]
-fn an_attached_client_sees_the_rest_and_the_exit() {
+fn an_attached_client_sees_the_rest_of_the_output_and_the_exit() {
     node(async |node| {
         let id = &format!("attach-{}", node.namespace);
         let folder = node.folder("gate");
         let gate = format!("type=bind,src={},dst=/gate,options=rbind:rw", folder.display());
-        let script = "while [ ! -e /gate/open ]; do sleep 0.01; done; echo late; exit 6";
-        node.ctr_run(&["--detach", "--null-io", "--mount", &gate], id, &["sh", "-c", script])
+        let script = "while [ ! -e /gate/open ]; do echo tick; sleep 0.01; done; echo late; exit 6";
+        // ctr leaves at once; what it opened for the container's output stays, with nobody reading.
+        node.ctr_run(&["--detach", "--mount", &gate], id, &["sh", "-c", script])
             .await
             .assert_ok();
-        let attach = async { node.ctr(&["tasks", "attach", id]).await };
-        let open = async { std::fs::write(folder.join("open"), "").unwrap() };
-        let (attached, ()) = tokio::join!(attach, open);
-        // With --null-io there is nothing to see, but the exit status comes. (A container that had ended is not found.)
-        assert!(
-            attached.status == 6 || attached.stderr.contains("not found"),
-            "{attached:?}"
-        );
-        until("it stopped", async || {
-            let list = node.ctr(&["tasks", "list"]).await;
-            let stopped = list
-                .stdout
-                .lines()
-                .any(|line| line.starts_with(id.as_str()) && line.contains("STOPPED"));
-            (stopped || !list.stdout.contains(id.as_str())).then_some(())
-        })
-        .await;
-        node.ctr(&["tasks", "delete", id]).await;
+
+        let seen = folder.join("seen");
+        let mut attach = node.ctr_command(&["tasks", "attach", id]);
+        attach
+            .stdin(Stdio::null())
+            .stdout(std::fs::File::create(&seen).unwrap());
+        let mut attach = attach.spawn().unwrap();
+        let shows = async |text: &str| {
+            until(text, async || {
+                std::fs::read_to_string(&seen).unwrap().contains(text).then_some(())
+            })
+            .await;
+        };
+        shows("tick\n").await;
+        std::fs::write(folder.join("open"), "").unwrap();
+        shows("late\n").await;
+        let status = tokio::task::spawn_blocking(move || attach.wait())
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!(status.code(), Some(6));
         node.ctr(&["containers", "delete", id]).await.assert_ok();
         std::fs::remove_dir_all(folder).unwrap();
     });
@@ -225,7 +229,6 @@ fn wrong_inputs_are_clear_errors_and_leave_nothing() {
         run(&[], &["no-such-program"])
             .await
             .assert_fails_with("no-such-program");
-        run(&["--cwd", "relative"], &["true"]).await.assert_fails_with("");
         run(
             &["--mount", "type=bind,src=/no/such/source,dst=/x,options=rbind"],
             &["true"],
@@ -297,5 +300,55 @@ fn an_id_is_taken_once() {
             "{deleted:?}"
         );
         node.ctr(&["containers", "delete", id]).await.assert_ok();
+    });
+}
+
+#[test]
+fn options_come_from_a_file_and_wrong_ones_are_named() {
+    node(async |node| {
+        if !node.is_for_ours("knows no options file") {
+            return;
+        }
+        let folder = node.folder("options");
+        let file = folder.join("options.toml");
+        let path = file.to_str().unwrap();
+        let run = async |text: &str| {
+            std::fs::write(&file, text).unwrap();
+            node.ctr_run(&["--rm", "--runtime-config-path", path], "options", &["echo", "fine"])
+                .await
+        };
+        assert_eq!(run("backend = \"crun\"\n").await.assert_ok().stdout, "fine\n");
+        run("no_such_key = 1\n").await.assert_fails_with("no_such_key");
+        run("backend = 7\n").await.assert_fails_with("backend");
+        run("backend = \n").await.assert_fails_with(path);
+        for backend in ["lxc", "proxmox-lxc", "proxmox-vm", "no-such-backend"] {
+            run(&format!("backend = \"{backend}\"\n"))
+                .await
+                .assert_fails_with(backend);
+        }
+        run("crun_binary = \"/no/such/crun\"\n")
+            .await
+            .assert_fails_with("/no/such/crun");
+        std::fs::remove_dir_all(folder).unwrap();
+    });
+}
+
+#[test]
+fn annotations_choose_options_and_wrong_ones_are_named() {
+    node(async |node| {
+        if !node.is_for_ours("reads no annotations of ours") {
+            return;
+        }
+        let run = async |annotation: &str| {
+            node.ctr_run(&["--rm", "--annotation", annotation], "annotated", &["echo", "fine"])
+                .await
+        };
+        assert_eq!(run("io.proxmox-lxcri.backend=crun").await.assert_ok().stdout, "fine\n");
+        run("io.proxmox-lxcri.backend=proxmox-vm")
+            .await
+            .assert_fails_with("proxmox-vm");
+        run("io.proxmox-lxcri.no_such_key=1")
+            .await
+            .assert_fails_with("no_such_key");
     });
 }

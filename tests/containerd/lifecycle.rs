@@ -113,7 +113,7 @@ fn a_wait_before_and_one_after_the_exit_say_the_same() {
         assert_eq!(early.status, 42);
         assert_eq!(early, late);
         let state = task.state("").await.unwrap();
-        assert_eq!((state.exit_status, state.exited_at), (42, Some(early.at.clone())));
+        assert_eq!((state.exit_status, state.exited_at), (42, Some(early.at)));
         let deleted = task.finish().await;
         assert_eq!((deleted.exit_status, deleted.exited_at), (42, Some(early.at)));
     });
@@ -174,6 +174,10 @@ fn a_paused_container_does_not_move_and_can_be_killed() {
         task.io.stdout.until("got two").await;
         task.pause().await.unwrap();
         task.kill(libc::SIGKILL).await.unwrap();
+        if !node.runtime.is_ours() && node.runtime.program() == "crun" {
+            // On cgroup v1 a frozen process does not die; Go's shim leaves that to the runtime, and crun does not thaw.
+            task.resume().await.unwrap();
+        }
         assert_eq!(task.wait().await.status, 137);
         task.finish().await;
     });

@@ -28,8 +28,7 @@ fn an_image_of_more_than_a_hundred_layers_is_mounted_whole() {
     node(async |node| {
         let folder = node.folder("layers");
         let image = image::build(&folder, "layers", "lxcri.test/layers:1", &["/bin/sh"], 110).unwrap();
-        std::fs::remove_dir_all(folder.join("layers.d")).unwrap_or_default();
-        node.import(&image, "lxcri.test/layers:1").await;
+        node.import(&image).await;
         let task = node
             .sh("layers", "cat /layer-1 /layer-110; ls / | grep -c layer-")
             .image(&image.chain_id)

@@ -24,6 +24,13 @@ pub(crate) struct Image {
     pub(crate) chain_id: String,
 }
 
+impl Image {
+    /// Path of the archive as text.
+    pub(crate) fn path(&self) -> String {
+        self.archive.to_string_lossy().into_owned()
+    }
+}
+
 /// Writes the image `name` into `<folder>/<file>.tar`: busybox, then `more_layers` layers with one file `/layer-<n>` each.
 pub(crate) fn build(folder: &Path, file: &str, name: &str, command: &[&str], more_layers: usize) -> io::Result<Image> {
     let work = folder.join(format!("{file}.d"));

@@ -13,8 +13,13 @@
 //! ```
 //!
 //! A test is `node(async |node| { … })`. The tests of a process run one after the other, each on the same daemon; after each of them
-//! nothing may be there that was not there before. `LXCRI_TEST_RUNTIME=io.containerd.runc.v2` validates the suite on another
-//! runtime; see [`node::Runtime`].
+//! nothing may be there that was not there before.
+//!
+//! Environment:
+//! - `LXCRI_TEST_RUNTIME=io.containerd.runc.v2` validates the suite on another runtime, with the OCI runtime `LXCRI_TEST_OCI` (crun or
+//!   runc); see [`node::Runtime`]. `make test` then lists what was not asked of it as skipped.
+//! - `LXCRI_TEST_SHIM`: our shim's program, instead of the one that Cargo built for the tests.
+//! - `LXCRI_SKIP_LOG`, `CI`: see [`skip::skip`].
 
 #![allow(dead_code, reason = "each test file uses another part of the harness")]
 #![allow(
@@ -24,6 +29,7 @@
     reason = "a harness fails by panicking, and speaks to a person"
 )]
 
+pub(crate) mod cri;
 pub(crate) mod events;
 pub(crate) mod image;
 pub(crate) mod leaks;
@@ -31,6 +37,7 @@ pub(crate) mod node;
 pub(crate) mod skip;
 pub(crate) mod task;
 pub(crate) mod universe;
+pub(crate) mod websocket;
 
 #[allow(unused_imports, reason = "each test file uses another part of the harness")]
 pub(crate) use node::{Node, until};

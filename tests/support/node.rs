@@ -123,7 +123,6 @@ pub(crate) struct Node {
     /// What was imported.
     pub(crate) images: Images,
     channel: Channel,
-    cri: bool,
     tolerated: Mutex<Vec<String>>,
 }
 
@@ -186,16 +185,21 @@ impl Node {
             namespace: universe::token(),
             images,
             channel: connect().await,
-            cri,
             tolerated: Mutex::default(),
         };
-        node.import(&node.images.busybox, image::BUSYBOX).await;
-        node.import(&node.images.pause, image::PAUSE).await;
         if is_new {
+            node.import(&node.images.busybox).await;
             // The first container of a namespace makes folders and cgroups that stay for the next one. Whether it runs is not the
             // question here; a test will ask it.
-            node.ctr_run(&["--rm"], &format!("first-{}", node.namespace), &["true"])
-                .await;
+            node.ctr_run(&["--rm"], "first", &["true"]).await;
+        }
+        if is_new && cri {
+            for image in [&node.images.busybox, &node.images.pause] {
+                finish(ctr("k8s.io", &["images", "import", &image.path()]), b"")
+                    .await
+                    .assert_ok();
+            }
+            super::cri::warm_up(&node).await;
         }
         node
     }
@@ -215,14 +219,13 @@ impl Node {
     /// A container's bundle.
     pub(crate) fn bundle(&self, id: &str) -> PathBuf {
         let tasks = Path::new(FOLDER).join("state/io.containerd.runtime.v2.task");
-        tasks.join(if self.cri { "k8s.io" } else { &self.namespace }).join(id)
+        tasks.join(&self.namespace).join(id)
     }
 
     /// `message` as a request in the test's namespace, with a deadline.
     pub(crate) fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
-        let namespace = if self.cri { "k8s.io" } else { &self.namespace };
-        let namespace = MetadataValue::try_from(namespace).expect("an ASCII namespace");
+        let namespace = MetadataValue::try_from(&self.namespace).expect("an ASCII namespace");
         request.metadata_mut().insert("containerd-namespace", namespace);
         request.set_timeout(RPC);
         request
@@ -292,13 +295,7 @@ impl Node {
 
     /// The command line of `ctr` in the test's namespace.
     pub(crate) fn ctr_command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new("ctr");
-        command
-            .arg("--address")
-            .arg(socket())
-            .args(["--namespace", if self.cri { "k8s.io" } else { &self.namespace }]);
-        command.args(arguments);
-        command
+        ctr(&self.namespace, arguments)
     }
 
     /// The arguments of `ctr run` that choose the runtime under test.
@@ -320,14 +317,9 @@ impl Node {
         self.ctr(&arguments).await
     }
 
-    /// Imports an image, under the name that its archive holds, unless it is there.
-    pub(crate) async fn import(&self, image: &Image, name: &str) {
-        let list = self.ctr(&["images", "list", "--quiet"]).await;
-        if list.stdout.lines().any(|line| line == name) {
-            return;
-        }
-        let archive = image.archive.to_str().expect("an UTF-8 path");
-        self.ctr(&["images", "import", archive]).await.assert_ok();
+    /// Imports an image under the name that its archive holds.
+    pub(crate) async fn import(&self, image: &Image) {
+        self.ctr(&["images", "import", &image.path()]).await.assert_ok();
     }
 
     /// Says that the test cannot run because of `missing`; the test returns after it. See [`super::skip::skip`].
@@ -346,8 +338,13 @@ impl Node {
     /// Tolerates leftovers that begin with `prefix`, when the suite is being validated on a runtime that leaves them. Ours may not.
     pub(crate) fn others_may_leave(&self, prefix: &str) {
         if !self.runtime.is_ours() {
-            self.tolerated.lock().unwrap().push(prefix.into());
+            self.tolerate(prefix);
         }
+    }
+
+    /// Lets something stay behind that is not the runtime's under test.
+    pub(crate) fn tolerate(&self, prefix: &str) {
+        self.tolerated.lock().unwrap().push(prefix.into());
     }
 
     /// Asserts an error's code. Go's shim answers Unknown to some calls that it refuses; a runtime that is not ours may do so.
@@ -401,6 +398,16 @@ impl Finished {
         );
         self
     }
+}
+
+fn ctr(namespace: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new("ctr");
+    command
+        .arg("--address")
+        .arg(socket())
+        .args(["--namespace", namespace])
+        .args(arguments);
+    command
 }
 
 /// Runs a program to its end, with a bound.
@@ -491,9 +498,10 @@ fn prepare(cri: bool) -> std::io::Result<Images> {
     for name in ["bin", "tmp", "images", "cni", "work"] {
         fs::create_dir_all(folder.join(name))?;
     }
-    if let Some(shim) = option_env!("CARGO_BIN_EXE_containerd-shim-proxmox-lxcri-v1") {
-        let link = folder.join("bin").join(leaks::shim_program(OURS));
-        std::os::unix::fs::symlink(shim, link)?;
+    // crun makes it, whatever it is asked, even for its version.
+    fs::create_dir_all("/run/crun")?;
+    if let Some(shim) = our_shim() {
+        std::os::unix::fs::symlink(shim, folder.join("bin").join(leaks::shim_program(OURS)))?;
     }
     fs::write(
         folder.join("config.toml"),
@@ -513,6 +521,12 @@ fn prepare(cri: bool) -> std::io::Result<Images> {
     })
 }
 
+/// Our shim: the one that `LXCRI_TEST_SHIM` names, or the one that Cargo built for the tests.
+pub(crate) fn our_shim() -> Option<PathBuf> {
+    let named = std::env::var_os("LXCRI_TEST_SHIM").map(PathBuf::from);
+    named.or_else(|| option_env!("CARGO_BIN_EXE_containerd-shim-proxmox-lxcri-v1").map(PathBuf::from))
+}
+
 /// containerd's configuration, in version 2 of the file, which 1.6 to 2.x read.
 fn configuration(cri: bool, runtime: &Runtime) -> String {
     let disabled = if cri { "" } else { "\"io.containerd.grpc.v1.cri\", " };
@@ -522,6 +536,11 @@ fn configuration(cri: bool, runtime: &Runtime) -> String {
         None => String::new(),
     };
     let pause = image::PAUSE;
+    // Debian's package, or where Kubernetes puts them.
+    let plugins = ["/usr/lib/cni", "/opt/cni/bin"]
+        .into_iter()
+        .find(|folder| Path::new(folder).join("bridge").exists());
+    let plugins = plugins.unwrap_or("/usr/lib/cni");
     format!(
         r#"version = 2
 root = "{FOLDER}/root"
@@ -544,7 +563,7 @@ disable_apparmor = true
 stream_server_address = "127.0.0.1"
 stream_server_port = "0"
 [plugins."io.containerd.grpc.v1.cri".cni]
-bin_dir = "/usr/lib/cni"
+bin_dir = "{plugins}"
 conf_dir = "{FOLDER}/cni"
 [plugins."io.containerd.grpc.v1.cri".containerd]
 default_runtime_name = "lxcri"

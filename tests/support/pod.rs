@@ -125,6 +125,9 @@ impl Daemon {
     /// An event service that listens in a folder of its own.
     pub(crate) async fn new() -> Self {
         fs::create_dir_all("/run/containerd/s").unwrap();
+        // What runtimes share and never remove: crun's default folder (made by `crun --version`), and ours.
+        fs::create_dir_all("/run/crun").unwrap();
+        fs::create_dir_all(format!("/run/proxmox-lxcri/crun/{NAMESPACE}")).unwrap();
         busybox();
         parent_cgroups();
         let baseline = Baseline::take(&[]);
@@ -162,7 +165,8 @@ impl Daemon {
         let _ = fs::remove_file(self.events_socket());
     }
 
-    fn events_socket(&self) -> PathBuf {
+    /// Where the shims find the event service.
+    pub(crate) fn events_socket(&self) -> PathBuf {
         self.folder.join("containerd.sock.ttrpc")
     }
 
@@ -179,6 +183,12 @@ impl Daemon {
             Ok(all) => all.unwrap().clone(),
             Err(_) => panic!("{told:?} was never told: {:?}", self.told()),
         }
+    }
+
+    /// Asserts that nothing is there, outside of the daemon's own folder, that was not there before.
+    pub(crate) fn assert_nothing_left(&self) {
+        let own = ["fifo", "file", "folder", "socket"].map(|kind| format!("{kind} {}", self.folder.display()));
+        self.baseline.assert_nothing_left(&own);
     }
 
     /// Stops and asserts that nothing is there that was not there before.
@@ -424,6 +434,8 @@ pub(crate) struct Start {
     pub(crate) stdin: Vec<u8>,
     pub(crate) service: &'static str,
     pub(crate) path: Option<String>,
+    /// Whether somebody reads the log fifo.
+    pub(crate) reads_log: bool,
 }
 
 impl Default for Start {
@@ -433,6 +445,7 @@ impl Default for Start {
             stdin: Vec::new(),
             service: "containerd.task.v2.Task",
             path: None,
+            reads_log: true,
         }
     }
 }
@@ -449,6 +462,12 @@ pub(crate) struct Pod {
 
 /// Runs a subcommand of the shim binary as containerd does.
 pub(crate) fn run_shim(daemon: &Daemon, bundle: &Bundle, start: &Start, subcommand: &str) -> std::process::Output {
+    let child = begin_shim(daemon, bundle, start, subcommand);
+    child.wait_with_output().unwrap()
+}
+
+/// As [`run_shim`], without the wait for its end.
+pub(crate) fn begin_shim(daemon: &Daemon, bundle: &Bundle, start: &Start, subcommand: &str) -> std::process::Child {
     use std::io::Write as _;
     let mut command = Command::new(SHIM);
     command
@@ -471,7 +490,24 @@ pub(crate) fn run_shim(daemon: &Daemon, bundle: &Bundle, start: &Start, subcomma
     }
     let mut child = command.arg("-debug").arg(subcommand).spawn().unwrap();
     child.stdin.take().unwrap().write_all(&start.stdin).unwrap();
-    child.wait_with_output().unwrap()
+    child
+}
+
+/// Runs `delete` of a dead shim as containerd does, within its bound. The error is what it wrote to stderr.
+pub(crate) fn delete_dead(daemon: &Daemon, bundle: &Bundle) -> Result<api::DeleteResponse, String> {
+    let begin = std::time::Instant::now();
+    let output = run_shim(daemon, bundle, &Start::default(), "delete");
+    // containerd kills it then, and a killed one could not finish.
+    assert!(
+        begin.elapsed() < Duration::from_secs(5),
+        "delete took {:?}",
+        begin.elapsed()
+    );
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    match output.status.success() {
+        true => Ok(api::DeleteResponse::parse_from_bytes(&output.stdout).unwrap()),
+        false => Err(errors),
+    }
 }
 
 impl Pod {
@@ -482,10 +518,12 @@ impl Pod {
 
     pub(crate) async fn start_with(daemon: &Daemon, bundle: &Bundle, start: &Start) -> Self {
         bundle.write();
-        let log = bundle.path.join("log");
+        let log = start.reads_log.then(|| bundle.path.join("log"));
         let log = std::thread::spawn(move || {
             let mut all = Vec::new();
-            let _ = fs::File::open(log).unwrap().read_to_end(&mut all);
+            if let Some(log) = log {
+                let _ = fs::File::open(log).unwrap().read_to_end(&mut all);
+            }
             all
         });
         let output = run_shim(daemon, bundle, start, "start");
@@ -511,6 +549,18 @@ impl Pod {
             .unwrap();
         pod.pid = connected.shim_pid;
         pod
+    }
+
+    /// Cuts the connection and makes a new one, as a containerd that was started again.
+    pub(crate) async fn reconnect(&mut self) {
+        self.client = Client::connect(&self.address).await.unwrap();
+    }
+
+    /// What Connect answers: the pid of the task's init.
+    pub(crate) async fn connect(&self, id: &str) -> Answer<u32> {
+        let response: api::ConnectResponse = self.call("Connect", &with_id::<api::ConnectRequest>(id)).await?;
+        assert_eq!(response.shim_pid, self.pid);
+        Ok(response.task_pid)
     }
 
     /// The same shim under the other version of the service.

@@ -104,6 +104,11 @@ fn hide_unified() -> Result<(), String> {
     let text = |e: io::Error| e.to_string();
     std::fs::create_dir(ASIDE).map_err(text)?;
     mount(Some(GROUPS), ASIDE, None, libc::MS_BIND | libc::MS_REC)?;
+    // Not merely covered: what is mounted below must not be in mountinfo, where runtimes look for hierarchies.
+    // SAFETY: a valid C string.
+    check("umount /sys/fs/cgroup", unsafe {
+        libc::umount2(c"/sys/fs/cgroup".as_ptr(), libc::MNT_DETACH)
+    })?;
     mount(Some("tmpfs"), GROUPS, Some("tmpfs"), 0)?;
     for entry in std::fs::read_dir(ASIDE).map_err(text)?.flatten() {
         let (from, to) = (entry.path(), Path::new(GROUPS).join(entry.file_name()));
@@ -174,8 +179,15 @@ fn clean_up_after(init: i32, made_cni: bool) -> ! {
     }
     let code = wait_for(init);
     let token = std::env::var(TOKEN).unwrap_or_default();
-    for cgroup in cgroups_named(&token) {
-        let _ = std::fs::remove_dir(cgroup);
+    for cgroup in cgroups_named("lx") {
+        let name = |part: std::path::Component<'_>| part.as_os_str().to_string_lossy().into_owned();
+        if cgroup
+            .components()
+            .map(name)
+            .any(|part| part.contains(&token) || is_of_the_dead(&part))
+        {
+            let _ = std::fs::remove_dir(cgroup);
+        }
     }
     if made_cni {
         // SAFETY: a valid C string.
@@ -184,6 +196,16 @@ fn clean_up_after(init: i32, made_cni: bool) -> ! {
     }
     // SAFETY: nothing of this process needs a destructor.
     unsafe { libc::_exit(code) }
+}
+
+/// Whether `name` is the token of a universe whose outermost process was killed before it could clean up.
+fn is_of_the_dead(name: &str) -> bool {
+    let digits = name.strip_prefix("lx").and_then(|rest| rest.strip_suffix('x'));
+    let Some(pid) = digits.and_then(|digits| digits.parse().ok()) else {
+        return false;
+    };
+    // SAFETY: signal 0 only asks whether the process exists.
+    unsafe { libc::kill(pid, 0) != 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ESRCH) }
 }
 
 /// Pid 1: reaps orphans until the tests end.

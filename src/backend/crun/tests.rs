@@ -26,6 +26,7 @@ fn record(dir: &Path) -> Record {
         shares_pid_namespace: false,
         restore_from: None,
         cgroup: None,
+        shim: None,
         init: None,
         exit: None,
     }

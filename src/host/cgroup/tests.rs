@@ -155,7 +155,8 @@ impl Drop for Guard {
                 Ok(())
             });
             // What a test spawned dies with its `Process`; this is for what those left behind.
-            for _ in 0..10_000 {
+            let end = std::time::Instant::now() + BOUND;
+            while std::time::Instant::now() < end {
                 for pid in tree::pids(parent).unwrap_or_default() {
                     // SAFETY: only sends a signal, to a process in this test's own cgroup.
                     unsafe { libc::kill(pid as i32, libc::SIGKILL) };
@@ -708,6 +709,27 @@ async fn without_a_freezer_there_is_no_pause() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_a_change_sleeps_until_there_is_one() {
+    let guard = Guard::v2();
+    let events = watch::Changes::open(&guard.cgroup.folder().join("cgroup.events")).unwrap();
+    let mut rings = 0;
+    loop {
+        assert_eq!(events.read().unwrap(), "populated 0\nfrozen 0\n");
+        tokio::select! {
+            biased;
+            rung = events.changed() => rung.unwrap(),
+            // The paused clock moves when there is nothing else to do.
+            () = tokio::time::sleep(BOUND) => break,
+        }
+        rings += 1;
+        assert!(rings < 5, "it rings without a change");
+    }
+    write(&guard.cgroup.folder().join("cgroup.freeze"), "1").unwrap();
+    tokio::time::resume();
+    tokio::time::timeout(BOUND, events.changed()).await.unwrap().unwrap();
+}
+
 // Removal.
 
 #[tokio::test]
@@ -970,8 +992,9 @@ fn v2_metrics_have_containerds_units_and_names() {
 
 // OOM kills.
 
-/// Asks for more than the limit of these tests and is killed for it: `tail` keeps a line that does not end.
-const EAT: &str = "head -c 200000000 /dev/zero | tail -n 1 >/dev/null";
+/// Asks for more than the limit of these tests and is killed for it: `tail` keeps a line that does not end. One process alone, so
+/// that the kernel has no second choice; with a limit of its own, should that of the cgroup not hold.
+const EAT: &str = "(ulimit -v 1000000; exec tail -n 1 /dev/zero)";
 const LIMIT_BYTES: u64 = 16 << 20;
 
 #[tokio::test]
@@ -992,7 +1015,7 @@ async fn an_oom_kill_is_reported_while_the_container_goes_on() {
 #[tokio::test]
 async fn an_oom_kill_of_init_is_known_before_its_exit_is_published_and_reported_once() {
     let guard = Guard::with_memory_limit(LIMIT_BYTES);
-    let mut process = guard.spawn("read x; exec tail -n 1 /dev/zero");
+    let mut process = guard.spawn("read x; ulimit -v 1000000; exec tail -n 1 /dev/zero");
     let mut watch = guard.cgroup.watch_oom().unwrap();
     process.say("eat");
     assert_eq!(process.signal_that_ended_it(), Some(libc::SIGKILL));

@@ -253,8 +253,15 @@ fn a_process_is_told_apart_from_a_later_one_with_its_number() {
 
 #[test]
 fn the_name_of_a_program_cannot_forge_its_start_time() {
-    let line = b"42 (a) R 1 (b\n) c) S 1 42 42 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 777 2000 100\n";
-    assert_eq!(parse_stat(line), Some((b'S', 777)));
+    let line = b"42 (a) R 1 (b\n) c) S 1 42 43 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 777 2000 100\n";
+    let stat = Stat {
+        state: b'S',
+        parent: 1,
+        group: 42,
+        session: 43,
+        start_ticks: 777,
+    };
+    assert_eq!(parse_stat(line), Some(stat));
     assert_eq!(parse_stat(b""), None);
     assert_eq!(parse_stat(b"42 (a) S 1 2"), None);
     assert_eq!(parse_stat(b"42 a S 1 2"), None);

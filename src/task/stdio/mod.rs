@@ -47,6 +47,10 @@ use crate::{
     host::command::Reaper,
 };
 
+/// Bound of the wait after the bound of a drain, until the streams have done as ordered. They wait for nobody then, so it only fires
+/// on a machine that stands still; what is left is aborted.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Where a process's stdio goes, as the client asked for it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Config {
@@ -397,8 +401,7 @@ impl Stdio {
         self.streams.finish.send_replace(true);
         self.close_stdin();
         if !in_time {
-            // The order makes them end without waiting for anybody, so this wait needs no bound.
-            let _ = output.wait_for(|output| output.open == 0).await;
+            let _ = timeout(FINISH_TIMEOUT, output.wait_for(|output| output.open == 0)).await;
         }
         let complete = in_time && !output.borrow().lost;
         for task in lock(&self.tasks).drain(..) {

@@ -26,7 +26,6 @@ use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::unix::pipe,
-    task::spawn_blocking,
     time::{Instant, timeout},
 };
 
@@ -128,7 +127,14 @@ fn run(program: &str, args: &[&str], [stdin, stdout, stderr]: [Option<OwnedFd>; 
 }
 
 async fn exit(mut child: process::Child) {
-    spawn_blocking(move || child.wait()).await.unwrap().unwrap();
+    elsewhere(move || child.wait()).await.unwrap();
+}
+
+/// Does what blocks, on a thread that a failed test does not wait for.
+async fn elsewhere<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (tell, told) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || tell.send(work()));
+    timeout(LONG, told).await.expect("stuck").unwrap()
 }
 
 async fn until(what: &str, mut condition: impl FnMut() -> bool) {
@@ -639,12 +645,12 @@ async fn the_input_of_a_terminal_is_delivered_however_slowly_it_is_read() {
     stdio.launched().await.unwrap();
     let bytes = pattern(200_000);
     let writer = tokio::spawn(send(client.writer("in"), bytes.clone()));
-    let process = spawn_blocking(move || {
+    let process = elsewhere(move || {
         let mut all = vec![0; 200_000];
         File::from(slave).read_exact(&mut all).unwrap();
         all
     });
-    assert!(timeout(LONG, process).await.expect("stuck").unwrap() == bytes);
+    assert!(process.await == bytes);
     writer.await.unwrap();
     assert!(stdio.drain(LONG).await);
 }
@@ -865,11 +871,11 @@ async fn a_slow_logger_is_left_to_finish_after_the_bound() {
     send(ours(stdout.unwrap()), b"late".into()).await;
     assert!(!stdio.drain(Duration::ZERO).await);
     drop(stdio);
-    let said = spawn_blocking(move || {
+    let said = elsewhere(move || {
         fs::write(&go, "go\n").unwrap();
         fs::read(&go).unwrap()
     });
-    assert_eq!(timeout(LONG, said).await.expect("killed").unwrap(), b"\n");
+    assert_eq!(said.await, b"\n");
     assert_eq!(fs::read(client.path("logger.out")).unwrap(), b"late");
 }
 
@@ -945,4 +951,60 @@ async fn open_and_drop_two_hundred() {
     until("every descriptor to be closed", || count() <= before).await;
     let files = fs::read_dir(client.folder.path()).unwrap().count();
     assert_eq!(files, 5, "the three fifos, the logger and the log");
+}
+
+// Strings of clients.
+
+#[test]
+fn strings_of_clients_mean_what_containerd_means_by_them() {
+    let parsed = |text| target::parse("stdout", text).unwrap();
+    assert_eq!(parsed(""), Target::Nothing);
+    assert_eq!(parsed("/a%20b:c"), Target::Path("/a%20b:c".into()));
+    assert_eq!(parsed("fifo:///a%20b"), Target::Path("/a b".into()));
+    assert_eq!(parsed("file:/a#b?c"), Target::File("/a".into()));
+    let logger = |args: &[&str], env: &[(&str, &str)]| {
+        Target::Logger(target::LoggerCommand {
+            program: "/x".into(),
+            args: args.iter().map(Into::into).collect(),
+            env: env.iter().map(|(key, value)| (key.into(), value.into())).collect(),
+        })
+    };
+    assert_eq!(parsed("binary:///x"), logger(&[], &[]));
+    assert_eq!(
+        parsed("binary:///x?a=1&b&a=2&c+d=%26&env.E=e=f"),
+        logger(&["a", "1", "b", "", "c d", "&"], &[("E", "e=f")])
+    );
+    for bad in [
+        "x",
+        "://x",
+        "fifo://host/x",
+        "file:///a%2",
+        "file:///%00",
+        "binary:///x?env.=1",
+        "binary:///x?env.A%3DB=1",
+        "binary:///x?%zz",
+        "/a\0b",
+        "FILE:///x",
+    ] {
+        let error = target::parse("stdout", bad).unwrap_err();
+        assert_eq!(error.kind(), Kind::InvalidArgument, "{bad}");
+    }
+}
+
+proptest::proptest! {
+    #[test]
+    fn whatever_a_client_sends_is_an_absolute_path_or_an_error(
+        scheme in "(fifo:|file:|binary:|)(//)?",
+        rest in "[/a-f0-9%?&=+#.\u{0}-\u{ff}]{0,24}",
+    ) {
+        match target::parse("stdin", &format!("{scheme}{rest}")) {
+            Ok(Target::Nothing) => proptest::prop_assert!(scheme.is_empty() && rest.is_empty()),
+            Ok(Target::Path(path) | Target::File(path)) => proptest::prop_assert!(path.is_absolute()),
+            Ok(Target::Logger(command)) => {
+                proptest::prop_assert!(command.program.is_absolute());
+                proptest::prop_assert!(command.args.len() % 2 == 0);
+            }
+            Err(error) => proptest::prop_assert_eq!(error.kind(), Kind::InvalidArgument),
+        }
+    }
 }

@@ -1,0 +1,444 @@
+//! A shim that is killed at whatever it does, and what `delete` finds afterwards.
+
+use std::fs;
+
+use serde_json::json;
+
+use crate::{
+    FOREVER, Gate, Stub, appears, fault, it_works, pod, shell,
+    support::{
+        leaks,
+        pod::{Bundle, Daemon, Io, Pod, SHIM, Start, begin_shim, delete_dead, is_mounted, process},
+    },
+    the_next_works,
+};
+
+/// Kills the shim; then `delete` answers for each container (pid, exit status), nothing is left, and the next one works.
+async fn dies(daemon: &Daemon, stub: &Stub, pod: Pod, containers: &[(&Bundle, u32, u32)]) {
+    pod.dies().await;
+    for (bundle, pid, status) in containers {
+        let response = delete_dead(daemon, bundle).unwrap();
+        assert_eq!((response.pid, response.exit_status), (*pid, *status));
+        assert!(response.exited_at.is_some());
+    }
+    daemon.assert_nothing_left();
+    for (bundle, ..) in containers {
+        let again = delete_dead(daemon, bundle).unwrap();
+        assert_eq!((again.pid, again.exit_status), (0, 137));
+    }
+    for (bundle, ..) in containers {
+        the_next_works(daemon, stub, bundle).await;
+    }
+}
+
+#[test]
+fn before_it_was_asked_for_anything() {
+    fault(async |daemon, stub| {
+        let (pod, a) = pod(daemon, stub, &FOREVER).await;
+        dies(daemon, stub, pod, &[(&a, 0, 137)]).await;
+    });
+}
+
+#[test]
+fn before_crun_has_created() {
+    fault(async |daemon, stub| {
+        let (pod, a) = pod(daemon, stub, &FOREVER).await;
+        let gate = stub.holds_before("create");
+        let _held = gate.holds(pod.create(&a, &Io::none())).await;
+        dies(daemon, stub, pod, &[(&a, 0, 137)]).await;
+    });
+}
+
+#[test]
+fn while_crun_creates() {
+    fault(async |daemon, stub| {
+        for hook in ["prestart", "createRuntime", "createContainer"] {
+            let (pod, mut a) = pod(daemon, stub, &FOREVER).await;
+            let gate = Gate::new(a.path.join("gate"));
+            a.spec["hooks"][hook] = gate.hook();
+            let _held = gate.holds(pod.create(&a, &Io::none())).await;
+            dies(daemon, stub, pod, &[(&a, 0, 137)]).await;
+            fs::remove_dir_all(&a.path).unwrap();
+        }
+    });
+}
+
+#[test]
+fn after_crun_has_created_and_before_anybody_knows() {
+    fault(async |daemon, stub| {
+        let (pod, a) = pod(daemon, stub, &FOREVER).await;
+        let gate = stub.holds_after("create");
+        let _held = gate.holds(pod.create(&a, &Io::none())).await;
+        dies(daemon, stub, pod, &[(&a, 0, 137)]).await;
+    });
+}
+
+#[test]
+fn with_a_created_container() {
+    fault(async |daemon, stub| {
+        let (pod, a) = pod(daemon, stub, &["touch", "/ran"]).await;
+        let pid = pod.create(&a, &Io::fifos(&a.path, "init")).await.unwrap();
+        dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
+        assert!(!a.path.join("upper/ran").exists());
+    });
+}
+
+#[test]
+fn before_and_after_crun_has_started() {
+    fault(async |daemon, stub| {
+        for after in [false, true] {
+            let (pod, a) = pod(daemon, stub, &FOREVER).await;
+            let pid = pod.create(&a, &Io::fifos(&a.path, "init")).await.unwrap();
+            let gate = if after {
+                stub.holds_after("start")
+            } else {
+                stub.holds_before("start")
+            };
+            let _held = gate.holds(pod.start_process("a", "")).await;
+            dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
+            fs::remove_dir_all(&a.path).unwrap();
+        }
+    });
+}
+
+#[test]
+fn with_a_running_container_and_its_stdio() {
+    fault(async |daemon, stub| {
+        let (pod, a) = pod(daemon, stub, &shell("echo hello; sleep 1000 & sleep 1000")).await;
+        let io = Io::fifos(&a.path, "init");
+        let stdout = io.read_stdout();
+        let _stdin = io.open_stdin();
+        let pid = pod.run(&a, &io).await;
+        let bound = pod.pids("a").await.unwrap();
+        assert!(bound.contains_key(&pid));
+        dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
+        // The client's reader ends, with or without the last words.
+        let text = stdout.text().await;
+        assert!("hello\n".starts_with(&text), "{text:?}");
+    });
+}
+
+#[test]
+fn with_a_terminal() {
+    fault(async |daemon, stub| {
+        let (pod, mut a) = pod(daemon, stub, &FOREVER).await;
+        a.spec["process"]["terminal"] = true.into();
+        let pid = pod.run(&a, &Io::terminal(&a.path, "init")).await;
+        let io = Io::terminal(&a.path, "e1");
+        pod.exec("a", "e1", &process(&FOREVER), &io).await.unwrap();
+        pod.start_process("a", "e1").await.unwrap();
+        dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
+    });
+}
+
+#[test]
+fn while_a_terminal_is_awaited() {
+    fault(async |daemon, stub| {
+        let (pod, mut a) = pod(daemon, stub, &FOREVER).await;
+        a.spec["process"]["terminal"] = true.into();
+        let gate = stub.holds_before("create");
+        let _held = gate.holds(pod.create(&a, &Io::terminal(&a.path, "init"))).await;
+        dies(daemon, stub, pod, &[(&a, 0, 137)]).await;
+    });
+}
+
+#[test]
+fn before_and_after_crun_has_made_an_exec() {
+    fault(async |daemon, stub| {
+        for after in [false, true] {
+            let (pod, a) = pod(daemon, stub, &FOREVER).await;
+            let pid = pod.run(&a, &Io::none()).await;
+            pod.exec("a", "e1", &process(&FOREVER), &Io::fifos(&a.path, "e1"))
+                .await
+                .unwrap();
+            let gate = if after {
+                stub.holds_after("exec")
+            } else {
+                stub.holds_before("exec")
+            };
+            let _held = gate.holds(pod.start_process("a", "e1")).await;
+            dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
+            fs::remove_dir_all(&a.path).unwrap();
+        }
+    });
+}
+
+#[test]
+fn with_execs_that_run() {
+    fault(async |daemon, stub| {
+        let (pod, a) = pod(daemon, stub, &FOREVER).await;
+        let pid = pod.run(&a, &Io::none()).await;
+        for exec in ["e1", "e2"] {
+            pod.exec("a", exec, &process(&shell("sleep 1000 & sleep 1000")), &Io::none())
+                .await
+                .unwrap();
+            pod.start_process("a", exec).await.unwrap();
+        }
+        dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
+    });
+}
+
+#[test]
+fn with_a_paused_container() {
+    fault(async |daemon, stub| {
+        let (pod, a) = pod(daemon, stub, &FOREVER).await;
+        let pid = pod.run(&a, &Io::none()).await;
+        pod.exec("a", "e1", &process(&FOREVER), &Io::none()).await.unwrap();
+        pod.start_process("a", "e1").await.unwrap();
+        pod.pause("a").await.unwrap();
+        dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
+    });
+}
+
+#[test]
+fn with_a_container_that_has_ended_whose_true_status_is_told() {
+    fault(async |daemon, stub| {
+        let (pod, a) = pod(daemon, stub, &shell("exit 42")).await;
+        let pid = pod.run(&a, &Io::none()).await;
+        assert_eq!(pod.wait("a", "").await.unwrap(), 42);
+        dies(daemon, stub, pod, &[(&a, pid, 42)]).await;
+    });
+}
+
+#[test]
+fn before_and_after_crun_has_deleted() {
+    fault(async |daemon, stub| {
+        for after in [false, true] {
+            let (pod, a) = pod(daemon, stub, &shell("exit 42")).await;
+            let pid = pod.run(&a, &Io::none()).await;
+            assert_eq!(pod.wait("a", "").await.unwrap(), 42);
+            let gate = if after {
+                stub.holds_after("delete")
+            } else {
+                stub.holds_before("delete")
+            };
+            let held = gate.holds(pod.delete("a", "")).await;
+            pod.dies().await;
+            // The next one is not held.
+            stub.heal();
+            let response = delete_dead(daemon, &a).unwrap();
+            assert_eq!((response.pid, response.exit_status), (pid, 42));
+            daemon.assert_nothing_left();
+            drop(held);
+            the_next_works(daemon, stub, &a).await;
+            fs::remove_dir_all(&a.path).unwrap();
+        }
+    });
+}
+
+#[test]
+fn and_crun_hangs_for_ever_in_the_delete_of_what_runs() {
+    fault(async |daemon, stub| {
+        let (pod, a) = pod(daemon, stub, &shell("sleep 1000 & sleep 1000")).await;
+        let pid = pod.run(&a, &Io::none()).await;
+        pod.exec("a", "e1", &process(&FOREVER), &Io::none()).await.unwrap();
+        pod.start_process("a", "e1").await.unwrap();
+        let _gate = stub.holds_before("delete");
+        dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
+    });
+}
+
+#[test]
+fn and_crun_is_not_there_any_more() {
+    fault(async |daemon, stub| {
+        let (pod, a) = pod(daemon, stub, &FOREVER).await;
+        let pid = pod.run(&a, &Io::none()).await;
+        pod.dies().await;
+        stub.uninstall();
+        let response = delete_dead(daemon, &a).unwrap();
+        assert_eq!((response.pid, response.exit_status), (pid, 137));
+        daemon.assert_nothing_left();
+        stub.install();
+        the_next_works(daemon, stub, &a).await;
+    });
+}
+
+#[test]
+fn and_crun_refuses_to_delete() {
+    fault(async |daemon, stub| {
+        let (pod, a) = pod(daemon, stub, &FOREVER).await;
+        let pid = pod.run(&a, &Io::none()).await;
+        stub.at("delete", "exit 1");
+        dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
+    });
+}
+
+#[test]
+fn while_hooks_of_start_and_delete_run() {
+    fault(async |daemon, stub| {
+        for hook in ["poststart", "poststop"] {
+            let (pod, mut a) = pod(daemon, stub, &shell("test -e /go || exec sleep 100000; exit 3")).await;
+            let gate = Gate::new(a.path.join("gate"));
+            a.spec["hooks"][hook] = gate.hook();
+            let status = if hook == "poststop" { 3 } else { 137 };
+            if hook == "poststop" {
+                fs::write(a.path.join("upper/go"), "").unwrap();
+            }
+            let pid = pod.create(&a, &Io::none()).await.unwrap();
+            let _held = if hook == "poststop" {
+                pod.start_process("a", "").await.unwrap();
+                assert_eq!(pod.wait("a", "").await.unwrap(), 3);
+                gate.holds(pod.delete("a", "")).await
+            } else {
+                gate.holds(pod.start_process("a", "")).await
+            };
+            dies(daemon, stub, pod, &[(&a, pid, status)]).await;
+            fs::remove_dir_all(&a.path).unwrap();
+        }
+    });
+}
+
+#[test]
+fn with_a_user_namespace() {
+    fault(async |daemon, stub| {
+        let (pod, mut a) = pod(daemon, stub, &shell("sleep 1000 & sleep 1000")).await;
+        let ids = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        a.spec["linux"]["uidMappings"] = ids.clone();
+        a.spec["linux"]["gidMappings"] = ids;
+        a.spec["linux"]["namespaces"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!({"type": "user"}));
+        let pid = pod.run(&a, &Io::none()).await;
+        dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
+    });
+}
+
+/// A sandbox and a container that shares its pid namespace: the shim, both bundles and both pids.
+async fn two(daemon: &Daemon, stub: &Stub) -> (Pod, [Bundle; 2], [u32; 2]) {
+    let sandbox = daemon
+        .bundle("sandbox", &FOREVER)
+        .annotate("io.kubernetes.cri.sandbox-id", "sandbox");
+    let mut pod = Pod::start(daemon, &sandbox).await;
+    pod.options = stub.options("");
+    let first = pod.run(&sandbox, &Io::none()).await;
+    let mut app = daemon
+        .bundle("app", &shell("sleep 1000 & touch /ready; sleep 1000"))
+        .annotate("io.kubernetes.cri.sandbox-id", "sandbox");
+    for namespace in app.spec["linux"]["namespaces"].as_array_mut().unwrap() {
+        if namespace["type"] == "pid" {
+            namespace["path"] = format!("/proc/{first}/ns/pid").into();
+        }
+    }
+    Pod::start(daemon, &app).await;
+    let second = pod.run(&app, &Io::none()).await;
+    pod.exec("app", "e1", &process(&FOREVER), &Io::none()).await.unwrap();
+    pod.start_process("app", "e1").await.unwrap();
+    appears(&app.path.join("upper/ready")).await;
+    (pod, [sandbox, app], [first, second])
+}
+
+#[test]
+fn with_a_pod_of_two_that_share_their_pids() {
+    fault(async |daemon, stub| {
+        for reverse in [false, true] {
+            let (pod, bundles, pids) = two(daemon, stub).await;
+            let mut containers = [(&bundles[0], pids[0], 137), (&bundles[1], pids[1], 137)];
+            if reverse {
+                containers.reverse();
+            }
+            dies(daemon, stub, pod, &containers).await;
+            for bundle in &bundles {
+                fs::remove_dir_all(&bundle.path).unwrap();
+            }
+        }
+    });
+}
+
+#[test]
+fn and_the_record_is_broken() {
+    fault(async |daemon, stub| {
+        let (pod, a) = pod(daemon, stub, &FOREVER).await;
+        let pid = pod.run(&a, &Io::none()).await;
+        pod.dies().await;
+        let record = a.path.join("proxmox-lxcri.json");
+        let text = fs::read(&record).unwrap();
+        fs::write(&record, &text[..text.len() / 2]).unwrap();
+        let error = delete_dead(daemon, &a).unwrap_err();
+        assert!(error.contains("cannot parse record"), "{error}");
+        assert!(!is_mounted(&a.path.join("rootfs")));
+        // Whoever repairs it, or the next start of a container of that id, finds the rest.
+        fs::write(&record, &text).unwrap();
+        let response = delete_dead(daemon, &a).unwrap();
+        assert_eq!((response.pid, response.exit_status), (pid, 137));
+        daemon.assert_nothing_left();
+        the_next_works(daemon, stub, &a).await;
+    });
+}
+
+// ---- and another one in its place ------------------------------------------------------------------------------------------------
+
+#[test]
+fn its_socket_is_taken_over_and_the_cleaning_up_leaves_that_alone() {
+    fault(async |daemon, stub| {
+        let (pod, bundles, pids) = two(daemon, stub).await;
+        let address = pod.address.clone();
+        pod.dies().await;
+        // A third container of the pod comes before anybody has cleaned up.
+        let next = daemon
+            .bundle("next", &shell("echo fine"))
+            .annotate("io.kubernetes.cri.sandbox-id", "sandbox");
+        let mut second = Pod::start(daemon, &next).await;
+        second.options = stub.options("");
+        assert_eq!(second.address, address);
+        for (bundle, pid) in bundles.iter().zip(pids) {
+            assert_eq!(delete_dead(daemon, bundle).unwrap().pid, pid);
+        }
+        it_works(&second, &next).await;
+        second.reconnect().await;
+        assert_eq!(second.connect("next").await.unwrap(), 0);
+        second.shutdown().await;
+        daemon.assert_nothing_left();
+    });
+}
+
+#[test]
+fn twenty_starts_at_once_for_one_pod_make_one_shim() {
+    fault(async |daemon, stub| {
+        let (former, ..) = two(daemon, stub).await;
+        // The socket of a dead shim makes it harder.
+        former.dies().await;
+        let bundles: Vec<Bundle> = (0..20)
+            .map(|n| {
+                let bundle = daemon.bundle(&format!("c{n}"), &["sh", "-c", "echo fine"]);
+                let bundle = bundle.annotate("io.kubernetes.cri.sandbox-id", "sandbox");
+                bundle.write();
+                bundle
+            })
+            .collect();
+        let start = Start::default();
+        let all: Vec<_> = bundles
+            .iter()
+            .map(|bundle| begin_shim(daemon, bundle, &start, "start"))
+            .collect();
+        let answers: Vec<String> = all
+            .into_iter()
+            .map(|one| {
+                let output = one.wait_with_output().unwrap();
+                assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+                String::from_utf8(output.stdout).unwrap()
+            })
+            .collect();
+        assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
+        let shims = leaks::processes()
+            .into_iter()
+            .filter(|process| process.command.starts_with(SHIM));
+        assert_eq!(shims.count(), 1);
+        let mut pod = Pod::start(daemon, &bundles[0]).await;
+        pod.options = stub.options("");
+        it_works(&pod, &bundles[0]).await;
+        it_works(&pod, &bundles[19]).await;
+        for id in ["sandbox", "app"] {
+            let path = daemon.folder.join(id);
+            let bundle = Bundle {
+                id: id.into(),
+                path,
+                spec: json!({}),
+                rootfs: vec![],
+            };
+            delete_dead(daemon, &bundle).unwrap();
+        }
+        pod.shutdown().await;
+        daemon.assert_nothing_left();
+    });
+}

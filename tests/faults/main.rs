@@ -1,0 +1,268 @@
+//! Faults that the real world does not produce on demand: after each of them the answers are true, nothing is left, and the next
+//! container works.
+//!
+//! Drives the real shim over its socket, without containerd. Everything is real but the runtime program, which is crun behind a
+//! script that misbehaves where a test says so.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stderr,
+    reason = "tests fail by panicking"
+)]
+
+mod clients;
+mod killed;
+mod runtime;
+/// The part of the harness that needs no containerd.
+#[path = "../support"]
+mod support {
+    #![allow(dead_code, reason = "each test file uses another part of the harness")]
+
+    pub(crate) mod image;
+    pub(crate) mod leaks;
+    pub(crate) mod pod;
+    pub(crate) mod skip;
+    pub(crate) mod universe;
+}
+mod world;
+
+use std::{
+    fs,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use serde_json::{Value, json};
+use support::{
+    pod::{BOUND, Bundle, Daemon, Io, Pod},
+    universe,
+};
+
+/// A program that does not end by itself.
+const FOREVER: [&str; 2] = ["sleep", "100000"];
+
+/// Runs a test, one at a time, and asserts that nothing is left behind.
+fn fault<F: AsyncFn(&mut Daemon, &Stub)>(test: F) {
+    universe::token();
+    static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let mut daemon = Daemon::new().await;
+        let stub = Stub::new(&daemon);
+        let ended = tokio::time::timeout(BOUND * 2, test(&mut daemon, &stub)).await;
+        assert!(ended.is_ok(), "not done after {:?}", BOUND * 2);
+        daemon.ends().await;
+    });
+}
+
+/// A runtime program: crun, behind a script that a test can lead astray at each command.
+struct Stub {
+    folder: PathBuf,
+}
+
+impl Stub {
+    fn new(daemon: &Daemon) -> Self {
+        let folder = daemon.folder.join("stub");
+        fs::create_dir(&folder).unwrap();
+        let stub = Self { folder };
+        stub.install();
+        stub
+    }
+
+    fn program(&self) -> PathBuf {
+        self.folder.join("crun")
+    }
+
+    /// Puts the program in its place (again).
+    fn install(&self) {
+        let script = format!(
+            "#!/bin/sh\n\
+             for word; do case $word in create|start|exec|delete|update) break ;; esac; done\n\
+             fault={}/$word.fault\n\
+             [ ! -e \"$fault\" ] || . \"$fault\"\n\
+             exec crun \"$@\"\n",
+            self.folder.display()
+        );
+        fs::write(self.program(), script).unwrap();
+        fs::set_permissions(self.program(), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    /// Takes the program away.
+    fn uninstall(&self) {
+        fs::remove_file(self.program()).unwrap();
+    }
+
+    /// From now on each run of this command of crun begins with `script`.
+    fn at(&self, verb: &str, script: &str) {
+        fs::write(self.folder.join(format!("{verb}.fault")), format!("{script}\n")).unwrap();
+    }
+
+    /// Every run of this command hangs before crun does anything.
+    fn holds_before(&self, verb: &str) -> Gate {
+        let gate = Gate::new(self.folder.join(format!("before-{verb}")));
+        self.at(verb, &format!("read word <{}", gate.0.display()));
+        gate
+    }
+
+    /// Every run of this command hangs when crun is done.
+    fn holds_after(&self, verb: &str) -> Gate {
+        let gate = Gate::new(self.folder.join(format!("after-{verb}")));
+        self.at(
+            verb,
+            &format!("crun \"$@\"; status=$?; read word <{}; exit $status", gate.0.display()),
+        );
+        gate
+    }
+
+    /// No fault any more.
+    fn heal(&self) {
+        for entry in fs::read_dir(&self.folder).unwrap().flatten() {
+            if entry.path().extension().is_some_and(|extension| extension == "fault") {
+                fs::remove_file(entry.path()).unwrap();
+            }
+        }
+    }
+
+    /// Runtime options that name the program, and `more` lines of TOML.
+    fn options(&self, more: &str) -> Option<Any> {
+        Some(options(&format!(
+            "crun_binary = \"{}\"\n{more}",
+            self.program().display()
+        )))
+    }
+}
+
+/// Something that waits until the test lets it go.
+struct Gate(PathBuf);
+
+/// Somebody waits at a gate, until this is dropped.
+struct Held {
+    _writer: fs::File,
+}
+
+impl Gate {
+    fn new(path: PathBuf) -> Self {
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+        Self(path)
+    }
+
+    /// A hook that waits at this gate.
+    fn hook(&self) -> Value {
+        json!([{"path": "/bin/cat", "args": ["cat", self.0]}])
+    }
+
+    /// Waits until somebody is there.
+    async fn reached(&self) -> Held {
+        // Without a reader the open fails.
+        let open = || {
+            fs::OpenOptions::new()
+                .write(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(&self.0)
+                .ok()
+        };
+        Held {
+            _writer: until("somebody is at the gate", open).await,
+        }
+    }
+
+    /// Waits until `call` has led somebody here, and goes away from the call as a client does whose deadline is over.
+    async fn holds<T: std::fmt::Debug>(&self, call: impl Future<Output = T>) -> Held {
+        tokio::select! {
+            ended = call => panic!("not held: {ended:?}"),
+            held = self.reached() => held,
+        }
+    }
+}
+
+/// Looks until there is something to see.
+async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let end = tokio::time::Instant::now() + BOUND;
+    loop {
+        if let Some(seen) = look() {
+            return seen;
+        }
+        assert!(tokio::time::Instant::now() < end, "never happened: {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Waits until a file is there.
+async fn appears(path: &Path) {
+    until(&path.display().to_string(), || path.exists().then_some(())).await;
+}
+
+/// A pod whose runtime is the stub, with its first bundle.
+async fn pod(daemon: &Daemon, stub: &Stub, args: &[&str]) -> (Pod, Bundle) {
+    let bundle = daemon.bundle("a", args);
+    let mut pod = Pod::start(daemon, &bundle).await;
+    pod.options = stub.options("");
+    (pod, bundle)
+}
+
+/// A container of the same id, in a bundle of its own as containerd makes it, runs from start to end.
+async fn the_next_works(daemon: &Daemon, stub: &Stub, former: &Bundle) {
+    stub.heal();
+    // Fails where something is mounted.
+    fs::remove_dir_all(&former.path).unwrap();
+    let bundle = daemon.bundle(&former.id, &["sh", "-c", "echo fine"]);
+    let mut pod = Pod::start(daemon, &bundle).await;
+    pod.options = stub.options("");
+    it_works(&pod, &bundle).await;
+    pod.shutdown().await;
+}
+
+/// A container that prints "fine" runs from Create to Delete.
+async fn it_works(pod: &Pod, bundle: &Bundle) {
+    let io = Io::fifos(&bundle.path, "next");
+    let stdout = io.read_stdout();
+    pod.run(bundle, &io).await;
+    assert_eq!(pod.wait(&bundle.id, "").await.unwrap(), 0);
+    assert_eq!(stdout.text().await, "fine\n");
+    pod.delete(&bundle.id, "").await.unwrap();
+}
+
+/// Runtime options as CRI sends them for a runtime type that it does not know.
+fn options(toml: &str) -> Any {
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Options {
+        #[prost(string, tag = "1")]
+        type_url: String,
+        #[prost(string, tag = "2")]
+        config_path: String,
+        #[prost(bytes = "vec", tag = "3")]
+        config_body: Vec<u8>,
+    }
+    let message = Options {
+        config_body: toml.into(),
+        ..Options::default()
+    };
+    Any {
+        type_url: "runtimeoptions.v1.Options".into(),
+        value: prost::Message::encode_to_vec(&message),
+        ..Any::default()
+    }
+}
+
+fn shell(script: &str) -> [&str; 3] {
+    ["sh", "-c", script]
+}
+
+/// SIGKILL, SIGTERM, … to a process of the universe.
+fn send(pid: u32, signal: i32) {
+    // SAFETY: the pid is of the tests' private pid namespace.
+    let result = unsafe { libc::kill(pid.cast_signed(), signal) };
+    assert_eq!(result, 0, "kill {pid}: {}", std::io::Error::last_os_error());
+}
+
+fn lives(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.starts_with(" Z"))
+}
