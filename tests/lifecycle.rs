@@ -306,7 +306,7 @@ impl World {
     }
 
     /// Stdio with stdout in a file.
-    fn into_file(&self, name: &str) -> stdio::Config {
+    fn to_file(&self, name: &str) -> stdio::Config {
         stdio::Config {
             stdout: format!("file://{}", self.folder.path().join(name).display()),
             ..stdio::Config::default()
@@ -777,7 +777,7 @@ async fn two_deletes_of_a_created_task_at_once_get_the_same_answer_and_one_event
 async fn two_deletes_of_an_exec_at_once_get_the_same_answer() {
     let world = world();
     let task = world.running("a", "sleep 1000").await;
-    task.exec("e", exec_spec("sleep 1000"), world.into_file("log")).unwrap();
+    task.exec("e", exec_spec("sleep 1000"), world.to_file("log")).unwrap();
     let output = hold_output(task.start("e").await.unwrap());
     task.kill("e", 9, false).await.unwrap();
     bounded(task.wait("e")).await.unwrap();
@@ -989,7 +989,7 @@ async fn the_drains_of_many_execs_take_no_longer_than_that_of_one() {
     let task = world.running("a", "sleep 1000").await;
     let mut held = Vec::new();
     for exec in ["e1", "e2", "e3", "e4"] {
-        task.exec(exec, exec_spec("sleep 1000"), world.into_file(exec)).unwrap();
+        task.exec(exec, exec_spec("sleep 1000"), world.to_file(exec)).unwrap();
         held.push(hold_output(task.start(exec).await.unwrap()));
     }
     task.kill("", 9, false).await.unwrap();
