@@ -267,10 +267,7 @@ impl Task {
             )));
         }
         let started = self.backend.start(&self.record(), &mut io).await;
-        let failed = |e: Error| {
-            self.init.shift(Phase::Starting, Phase::Created);
-            Err(e.context(format!("cannot start task {}", self.id())))
-        };
+        let failed = |e: Error| e.context(format!("cannot start task {}", self.id()));
         let born = match started {
             Ok(None) => None,
             Ok(Some(launched)) => match self.adopt(&launched) {
@@ -280,15 +277,14 @@ impl Task {
                     if let Err(e) = launched.process.signal(libc::SIGKILL).or_else(gone_is_fine) {
                         log::error!("cannot end init of {}: {e}", self.id());
                     }
-                    let failed = failed(e);
+                    self.init.shift(Phase::Starting, Phase::Created);
                     self.supervise_init(launched.exit);
-                    return failed;
+                    return Err(failed(e));
                 }
             },
             Err(e) => {
-                let error = e.context(format!("cannot start task {}", self.id()));
                 self.start_failed(io).await;
-                return Err(error);
+                return Err(failed(e));
             }
         };
         if born.is_some()
