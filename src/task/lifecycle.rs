@@ -55,6 +55,8 @@ pub struct Task {
     execs: Mutex<BTreeMap<String, Exec>>,
     /// Set by a Kill during Create; Create then gives up and undoes.
     abort: Notify,
+    /// Rung by a SIGKILL during Pause; Pause then gives up and thaws.
+    pause_abort: Notify,
     /// Set as soon as init is reaped, before its exit is published: no exec is started from then on.
     init_ended: AtomicBool,
     /// Asks the supervisor of init to publish a pending OOM before an exec's exit is published.
@@ -95,6 +97,7 @@ impl Task {
             init: Arc::new(Process::new(stdio, Phase::Creating)),
             execs: Mutex::default(),
             abort: Notify::new(),
+            pause_abort: Notify::new(),
             init_ended: AtomicBool::new(false),
             oom_checks: Mutex::default(),
         }
@@ -552,6 +555,7 @@ impl Task {
             Phase::Created if !exec_id.is_empty() => {
                 return Err(Error::not_found(format!("process not created: exec {exec_id}")));
             }
+            Phase::Pausing if signal == libc::SIGKILL && (all || exec_id.is_empty()) => self.pause_abort.notify_one(),
             _ => {}
         }
         if all
@@ -649,7 +653,12 @@ impl Task {
         let cgroup = self.cgroup()?;
         self.init.claim(intent)?;
         let done = match intent {
-            Intent::Pause => cgroup.freeze(FREEZE_BOUND).await,
+            Intent::Pause => tokio::select! {
+                biased;
+                // Given up, the freeze thaws by itself; on v1 what is frozen does not die.
+                () = self.pause_abort.notified() => Err(Error::aborted("killed while it was being paused")),
+                frozen = cgroup.freeze(FREEZE_BOUND) => frozen,
+            },
             _ => cgroup.thaw(FREEZE_BOUND).await,
         };
         if let Err(e) = done {
@@ -703,12 +712,13 @@ impl Task {
         self.cgroup()?.metrics()
     }
 
-    /// Pids: every process of the container with the id of the exec that it is, if it is one. Never empty while init lives, and
-    /// never waits: containerd reaps a shim whose answer is empty or late (#13848).
+    /// Pids: every process of the container with the id of the exec that it is, if it is one. Never waits, and names init until
+    /// Delete: a restarted containerd takes a shim whose answer is late (#13848) or empty for a leak, and with it would go the exit
+    /// status of a container that ended meanwhile.
     pub fn pids(&self) -> Vec<(u32, Option<String>)> {
         let mut pids = self.cgroup().and_then(|cgroup| cgroup.pids()).unwrap_or_default();
         let init = self.init.pid();
-        if pids.is_empty() && init != 0 && self.init.exit().is_none() {
+        if pids.is_empty() && init != 0 {
             pids.push(init);
         }
         let execs: BTreeMap<u32, String> = lock(&self.execs)
