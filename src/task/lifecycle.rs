@@ -791,7 +791,9 @@ impl Task {
     async fn end_created(&self) -> Result<()> {
         match self.init.pidfd() {
             Some(pidfd) => {
-                self.signal_one(&self.init, &pidfd, libc::SIGKILL).await.or_else(gone_is_fine)?;
+                self.signal_one(&self.init, &pidfd, libc::SIGKILL)
+                    .await
+                    .or_else(gone_is_fine)?;
                 self.init.wait_bounded(KILL_BOUND, "init of a created container").await
             }
             // Not born yet (a backend that gives birth in Start): nothing to end.
