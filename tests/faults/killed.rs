@@ -89,7 +89,11 @@ fn before_and_after_crun_has_started() {
         for after in [false, true] {
             let (pod, a) = pod(daemon, stub, &FOREVER).await;
             let pid = pod.create(&a, &Io::fifos(&a.path, "init")).await.unwrap();
-            let gate = if after { stub.holds_after("start") } else { stub.holds_before("start") };
+            let gate = if after {
+                stub.holds_after("start")
+            } else {
+                stub.holds_before("start")
+            };
             let _held = gate.holds(pod.start_process("a", "")).await;
             dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
             fs::remove_dir_all(&a.path).unwrap();
@@ -144,8 +148,14 @@ fn before_and_after_crun_has_made_an_exec() {
         for after in [false, true] {
             let (pod, a) = pod(daemon, stub, &FOREVER).await;
             let pid = pod.run(&a, &Io::none()).await;
-            pod.exec("a", "e1", &process(&FOREVER), &Io::fifos(&a.path, "e1")).await.unwrap();
-            let gate = if after { stub.holds_after("exec") } else { stub.holds_before("exec") };
+            pod.exec("a", "e1", &process(&FOREVER), &Io::fifos(&a.path, "e1"))
+                .await
+                .unwrap();
+            let gate = if after {
+                stub.holds_after("exec")
+            } else {
+                stub.holds_before("exec")
+            };
             let _held = gate.holds(pod.start_process("a", "e1")).await;
             dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
             fs::remove_dir_all(&a.path).unwrap();
@@ -159,7 +169,9 @@ fn with_execs_that_run() {
         let (pod, a) = pod(daemon, stub, &FOREVER).await;
         let pid = pod.run(&a, &Io::none()).await;
         for exec in ["e1", "e2"] {
-            pod.exec("a", exec, &process(&shell("sleep 1000 & sleep 1000")), &Io::none()).await.unwrap();
+            pod.exec("a", exec, &process(&shell("sleep 1000 & sleep 1000")), &Io::none())
+                .await
+                .unwrap();
             pod.start_process("a", exec).await.unwrap();
         }
         dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
@@ -195,7 +207,11 @@ fn before_and_after_crun_has_deleted() {
             let (pod, a) = pod(daemon, stub, &shell("exit 42")).await;
             let pid = pod.run(&a, &Io::none()).await;
             assert_eq!(pod.wait("a", "").await.unwrap(), 42);
-            let gate = if after { stub.holds_after("delete") } else { stub.holds_before("delete") };
+            let gate = if after {
+                stub.holds_after("delete")
+            } else {
+                stub.holds_before("delete")
+            };
             let held = gate.holds(pod.delete("a", "")).await;
             pod.dies().await;
             // The next one is not held.
@@ -279,7 +295,10 @@ fn with_a_user_namespace() {
         let ids = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
         a.spec["linux"]["uidMappings"] = ids.clone();
         a.spec["linux"]["gidMappings"] = ids;
-        a.spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
+        a.spec["linux"]["namespaces"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!({"type": "user"}));
         let pid = pod.run(&a, &Io::none()).await;
         dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
     });
@@ -287,7 +306,9 @@ fn with_a_user_namespace() {
 
 /// A sandbox and a container that shares its pid namespace: the shim, both bundles and both pids.
 async fn two(daemon: &Daemon, stub: &Stub) -> (Pod, [Bundle; 2], [u32; 2]) {
-    let sandbox = daemon.bundle("sandbox", &FOREVER).annotate("io.kubernetes.cri.sandbox-id", "sandbox");
+    let sandbox = daemon
+        .bundle("sandbox", &FOREVER)
+        .annotate("io.kubernetes.cri.sandbox-id", "sandbox");
     let mut pod = Pod::start(daemon, &sandbox).await;
     pod.options = stub.options("");
     let first = pod.run(&sandbox, &Io::none()).await;
@@ -399,7 +420,9 @@ fn twenty_starts_at_once_for_one_pod_make_one_shim() {
             })
             .collect();
         assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
-        let shims = leaks::processes().into_iter().filter(|process| process.command.starts_with(SHIM));
+        let shims = leaks::processes()
+            .into_iter()
+            .filter(|process| process.command.starts_with(SHIM));
         assert_eq!(shims.count(), 1);
         let mut pod = Pod::start(daemon, &bundles[0]).await;
         pod.options = stub.options("");
@@ -407,7 +430,12 @@ fn twenty_starts_at_once_for_one_pod_make_one_shim() {
         it_works(&pod, &bundles[19]).await;
         for id in ["sandbox", "app"] {
             let path = daemon.folder.join(id);
-            let bundle = Bundle { id: id.into(), path, spec: json!({}), rootfs: vec![] };
+            let bundle = Bundle {
+                id: id.into(),
+                path,
+                spec: json!({}),
+                rootfs: vec![],
+            };
             delete_dead(daemon, &bundle).unwrap();
         }
         pod.shutdown().await;

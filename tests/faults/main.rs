@@ -132,7 +132,10 @@ impl Stub {
 
     /// Runtime options that name the program, and `more` lines of TOML.
     fn options(&self, more: &str) -> Option<Any> {
-        Some(options(&format!("crun_binary = \"{}\"\n{more}", self.program().display())))
+        Some(options(&format!(
+            "crun_binary = \"{}\"\n{more}",
+            self.program().display()
+        )))
     }
 }
 

@@ -30,7 +30,11 @@ fn a_missing_crun_is_named_and_nothing_is_left() {
     fault(async |daemon, stub| {
         let (pod, a) = pod(daemon, stub, &FOREVER).await;
         stub.uninstall();
-        refused(pod.create(&a, &Io::none()).await, Code::UNAVAILABLE, "/stub/crun was not found");
+        refused(
+            pod.create(&a, &Io::none()).await,
+            Code::UNAVAILABLE,
+            "/stub/crun was not found",
+        );
         stub.install();
         works_again(daemon, stub, pod, &a).await;
     });
@@ -42,15 +46,27 @@ fn a_crun_that_goes_missing_later_fails_the_call_and_changes_nothing() {
         let (pod, a) = pod(daemon, stub, &FOREVER).await;
         let pid = pod.create(&a, &Io::none()).await.unwrap();
         stub.uninstall();
-        refused(pod.start_process("a", "").await, Code::UNAVAILABLE, "/stub/crun was not found");
+        refused(
+            pod.start_process("a", "").await,
+            Code::UNAVAILABLE,
+            "/stub/crun was not found",
+        );
         assert_eq!(pod.status("a").await, Status::CREATED);
         stub.install();
         assert_eq!(pod.start_process("a", "").await.unwrap(), pid);
         pod.exec("a", "e1", &process(&FOREVER), &Io::none()).await.unwrap();
         stub.uninstall();
-        refused(pod.start_process("a", "e1").await, Code::UNAVAILABLE, "/stub/crun was not found");
+        refused(
+            pod.start_process("a", "e1").await,
+            Code::UNAVAILABLE,
+            "/stub/crun was not found",
+        );
         let resources = serde_json::json!({"pids": {"limit": 100}});
-        refused(pod.update("a", &resources).await, Code::UNAVAILABLE, "/stub/crun was not found");
+        refused(
+            pod.update("a", &resources).await,
+            Code::UNAVAILABLE,
+            "/stub/crun was not found",
+        );
         pod.kill("a", "", libc::SIGKILL, false).await.unwrap();
         assert_eq!(pod.wait("a", "").await.unwrap(), 137);
         refused(pod.delete("a", "").await, Code::UNAVAILABLE, "/stub/crun was not found");
@@ -68,7 +84,11 @@ fn a_create_that_hangs_is_ended_at_its_bound() {
         for after in [false, true] {
             let (mut pod, a) = pod(daemon, stub, &FOREVER).await;
             pod.options = stub.options(SHORT);
-            let _gate = if after { stub.holds_after("create") } else { stub.holds_before("create") };
+            let _gate = if after {
+                stub.holds_after("create")
+            } else {
+                stub.holds_before("create")
+            };
             let answer = pod.create(&a, &Io::fifos(&a.path, "init")).await;
             refused(answer, Code::DEADLINE_EXCEEDED, "crun did not end within 1000 ms");
             works_again(daemon, stub, pod, &a).await;
@@ -110,7 +130,11 @@ fn a_start_that_hangs_leaves_the_container_as_it_truly_is() {
             let (mut pod, a) = pod(daemon, stub, &shell("touch /ran; exec sleep 100000")).await;
             pod.options = stub.options(SHORT);
             let pid = pod.create(&a, &Io::none()).await.unwrap();
-            let _gate = if after { stub.holds_after("start") } else { stub.holds_before("start") };
+            let _gate = if after {
+                stub.holds_after("start")
+            } else {
+                stub.holds_before("start")
+            };
             let answer = pod.start_process("a", "").await;
             refused(answer, Code::DEADLINE_EXCEEDED, "crun did not end within 1000 ms");
             stub.heal();
@@ -144,8 +168,14 @@ fn an_exec_that_hangs_leaves_no_process_and_can_be_started_again() {
         for after in [false, true] {
             let exec = if after { "e1" } else { "e2" };
             let io = Io::fifos(&a.path, exec);
-            pod.exec("a", exec, &process(&shell("exec sleep 7777")), &io).await.unwrap();
-            let _gate = if after { stub.holds_after("exec") } else { stub.holds_before("exec") };
+            pod.exec("a", exec, &process(&shell("exec sleep 7777")), &io)
+                .await
+                .unwrap();
+            let _gate = if after {
+                stub.holds_after("exec")
+            } else {
+                stub.holds_before("exec")
+            };
             let answer = pod.start_process("a", exec).await;
             refused(answer, Code::DEADLINE_EXCEEDED, "crun did not end within 1000 ms");
             assert_eq!(pod.state("a", exec).await.unwrap().status, Status::CREATED.into());
@@ -208,9 +238,18 @@ fn garbage_and_silence_become_clear_errors() {
         let (pod, a) = pod(daemon, stub, &FOREVER).await;
         for (script, text) in [
             ("exit 1".to_owned(), "crun ended with status 1 and gave no reason"),
-            ("kill -9 $$".to_owned(), "crun was killed by signal 9 and gave no reason"),
-            (into_log("printf 'not json\\n\\377\\000{'") + "; exit 3", "crun ended with status 3"),
-            (into_log("yes '{\"level\": 7}' | head -c 9000000") + "; exit 5", "crun ended with status 5"),
+            (
+                "kill -9 $$".to_owned(),
+                "crun was killed by signal 9 and gave no reason",
+            ),
+            (
+                into_log("printf 'not json\\n\\377\\000{'") + "; exit 3",
+                "crun ended with status 3",
+            ),
+            (
+                into_log("yes '{\"level\": 7}' | head -c 9000000") + "; exit 5",
+                "crun ended with status 5",
+            ),
             (
                 into_log("echo '{\"msg\":\"the moon is full\",\"level\":\"error\"}'") + "; exit 1",
                 "OCI runtime create failed: the moon is full",
@@ -221,7 +260,10 @@ fn garbage_and_silence_become_clear_errors() {
             (tells_pid("0"), "told a pid that is none"),
             (tells_pid("1"), "told a pid that is none"),
             (tells_pid("99999999999999999999"), "told a pid that is none"),
-            (tells_pid("4194300"), "crun told pid 4194300, which is no process that it has made"),
+            (
+                tells_pid("4194300"),
+                "crun told pid 4194300, which is no process that it has made",
+            ),
         ] {
             stub.at("create", &script);
             refused(pod.create(&a, &Io::none()).await, Code::UNKNOWN, text);
@@ -238,7 +280,10 @@ fn a_process_that_is_not_the_containers_is_neither_adopted_nor_killed() {
         let other = pod.run(&b, &Io::none()).await;
         let inside = until("the child of the other container", || {
             let children = fs::read_to_string(format!("/proc/{other}/task/{other}/children")).unwrap();
-            children.split_whitespace().next().map(|pid| pid.parse::<u32>().unwrap())
+            children
+                .split_whitespace()
+                .next()
+                .map(|pid| pid.parse::<u32>().unwrap())
         })
         .await;
         let mut stranger = Command::new("sleep").arg("1000").spawn().unwrap();
@@ -250,10 +295,18 @@ fn a_process_that_is_not_the_containers_is_neither_adopted_nor_killed() {
                 tells_pid(&victim.to_string()).replace("exit 0", "exit 1"),
             ] {
                 stub.at("create", &script);
-                refused(pod.create(&a, &Io::none()).await, Code::UNKNOWN, "OCI runtime create failed");
+                refused(
+                    pod.create(&a, &Io::none()).await,
+                    Code::UNKNOWN,
+                    "OCI runtime create failed",
+                );
                 pod.exec("b", "e1", &process(&FOREVER), &Io::none()).await.unwrap();
                 stub.at("exec", &script);
-                refused(pod.start_process("b", "e1").await, Code::UNKNOWN, "OCI runtime exec failed");
+                refused(
+                    pod.start_process("b", "e1").await,
+                    Code::UNKNOWN,
+                    "OCI runtime exec failed",
+                );
                 pod.delete("b", "e1").await.unwrap();
                 assert!(victims.iter().all(|pid| lives(*pid)), "{victim} was killed");
             }
@@ -276,7 +329,11 @@ fn a_kill_ends_a_slow_create() {
     fault(async |daemon, stub| {
         for after in [false, true] {
             let (pod, a) = pod(daemon, stub, &FOREVER).await;
-            let gate = if after { stub.holds_after("create") } else { stub.holds_before("create") };
+            let gate = if after {
+                stub.holds_after("create")
+            } else {
+                stub.holds_before("create")
+            };
             let io = Io::none();
             let creating = pod.create(&a, &io);
             let killing = async {
@@ -323,7 +380,11 @@ fn a_kill_in_a_slow_start_ends_the_container_as_soon_as_the_start_is_over() {
             let (pod, a) = pod(daemon, stub, &FOREVER).await;
             let before = daemon.told().len();
             pod.create(&a, &Io::none()).await.unwrap();
-            let gate = if after { stub.holds_after("start") } else { stub.holds_before("start") };
+            let gate = if after {
+                stub.holds_after("start")
+            } else {
+                stub.holds_before("start")
+            };
             let starting = pod.start_process("a", "");
             let killing = async {
                 let held = gate.reached().await;

@@ -218,7 +218,10 @@ impl Daemon {
 fn parent_cgroups() {
     let folders: Vec<PathBuf> = match cgroup_v2() {
         true => vec!["/sys/fs/cgroup".into()],
-        false => fs::read_dir("/sys/fs/cgroup").unwrap().map(|entry| entry.unwrap().path()).collect(),
+        false => fs::read_dir("/sys/fs/cgroup")
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect(),
     };
     for folder in folders.iter().filter(|folder| folder.join("cgroup.procs").exists()) {
         fs::create_dir_all(folder.join(universe::token())).unwrap();
@@ -464,12 +467,7 @@ pub(crate) fn run_shim(daemon: &Daemon, bundle: &Bundle, start: &Start, subcomma
 }
 
 /// As [`run_shim`], without the wait for its end.
-pub(crate) fn begin_shim(
-    daemon: &Daemon,
-    bundle: &Bundle,
-    start: &Start,
-    subcommand: &str,
-) -> std::process::Child {
+pub(crate) fn begin_shim(daemon: &Daemon, bundle: &Bundle, start: &Start, subcommand: &str) -> std::process::Child {
     use std::io::Write as _;
     let mut command = Command::new(SHIM);
     command
@@ -500,7 +498,11 @@ pub(crate) fn delete_dead(daemon: &Daemon, bundle: &Bundle) -> Result<api::Delet
     let begin = std::time::Instant::now();
     let output = run_shim(daemon, bundle, &Start::default(), "delete");
     // containerd kills it then, and a killed one could not finish.
-    assert!(begin.elapsed() < Duration::from_secs(5), "delete took {:?}", begin.elapsed());
+    assert!(
+        begin.elapsed() < Duration::from_secs(5),
+        "delete took {:?}",
+        begin.elapsed()
+    );
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     match output.status.success() {
         true => Ok(api::DeleteResponse::parse_from_bytes(&output.stdout).unwrap()),
