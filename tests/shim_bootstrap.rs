@@ -393,7 +393,7 @@ fn a_wrong_call_is_told_in_one_sentence_and_leaves_nothing() {
         assert!(text.contains(part), "{text}");
     }
     let text = refusal(Command::new(PROGRAM).stdin(Stdio::null()).output().unwrap());
-    assert!(text.contains("invalid namespace"), "{text}");
+    assert!(text.contains("containerd runs this program by itself"), "{text}");
     let text = refusal(
         Command::new(PROGRAM)
             .args(["-namespace", "n", "-id", "a"])
@@ -569,6 +569,7 @@ fn version_and_help_help() {
         "-info",
         "io.containerd.proxmox-lxcri.v1",
         "TTRPC_ADDRESS",
+        "/etc/proxmox-lxcri/config.toml",
     ] {
         assert!(help.contains(word), "{word}");
     }

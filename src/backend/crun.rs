@@ -210,7 +210,7 @@ impl Crun {
         self.call(rec, verb, all, io).await?;
         let Some(pid) = birth.pid()? else {
             return Err(Error::unknown(format!(
-                "OCI runtime {} failed: crun succeeded, but told no pid",
+                "OCI runtime {} failed: crun succeeded, but told no pid; check crun_binary",
                 verb.name()
             )));
         };

@@ -62,17 +62,20 @@ flags (-flag value, -flag=value or --flag value)
   -v, -version           print the version
   -h, -help              print this text
 
-environment, set by containerd
+environment, inherited from containerd
   TTRPC_ADDRESS          where events are sent
   MAX_SHIM_VERSION       the newest form of answer that containerd understands
   SCHED_CORE             give the shim and its containers a core-scheduling domain of their own
+  PROXMOX_LXCRI_CONFIG   configuration file, instead of /etc/proxmox-lxcri/config.toml
+
+manual: containerd-shim-proxmox-lxcri-v1(8)
 ";
 
 /// Parses the arguments after the program's name. Flags end at the first word that is not one; what follows the action is ignored,
 /// as Go shims do.
 ///
 /// # Errors
-/// `InvalidArgument` with the offending flag or action.
+/// `InvalidArgument` with the offending flag or action, or the flag that `start` and `delete` miss.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<(Action, Flags)> {
     let mut flags = Flags::default();
     let (mut help, mut version, mut info) = (false, false, false);
@@ -135,6 +138,15 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<(Action, Flags)
             }
         }
     };
+    if matches!(action, Action::Start | Action::Delete) {
+        for (name, value) in [("namespace", &flags.namespace), ("id", &flags.id)] {
+            if value.is_empty() {
+                return Err(Error::invalid(format!(
+                    "flag -{name} is missing; containerd gives it with start and delete, see -h"
+                )));
+            }
+        }
+    }
     Ok((action, flags))
 }
 
@@ -205,7 +217,8 @@ mod tests {
         assert!(!parse_words(&["-debug", "-debug=0"]).unwrap().1.debug);
         assert_eq!(parse_words(&["-id", "-x"]).unwrap().1.id, "-x");
         assert_eq!(parse_words(&["-id="]).unwrap().1.id, "");
-        assert_eq!(parse_words(&["--", "start", "-x"]).unwrap().0, Action::Start);
+        let ended_by_dashes = ["-namespace", "n", "-id", "x", "--", "start", "-x"];
+        assert_eq!(parse_words(&ended_by_dashes).unwrap().0, Action::Start);
         for (word, action) in [
             ("-h", Action::Help),
             ("--help", Action::Help),
@@ -224,6 +237,8 @@ mod tests {
             (&["-id"], "flag -id needs a value"),
             (&["-debug=maybe"], "neither true nor false"),
             (&["run"], "unknown action \"run\""),
+            (&["start"], "flag -namespace is missing"),
+            (&["-namespace", "n", "-id", "", "delete"], "flag -id is missing"),
             (&["-"], "unknown action \"-\""),
         ] {
             let error = parse_words(words).unwrap_err().to_string();

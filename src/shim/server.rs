@@ -56,9 +56,10 @@ pub struct Parts {
 /// # Errors
 /// `FailedPrecondition` when descriptor 3 is not a listening socket: somebody ran the program without an action.
 pub fn serve(flags: &Flags, build: impl FnOnce(&Flags, Arc<Publisher>) -> Parts) -> Result<()> {
+    // First: a person who runs the program without any word shall read what it is, not what is wrong with an id.
+    let listener = inherited_listener()?;
     check_id("namespace", &flags.namespace)?;
     check_id("id", &flags.id)?;
-    let listener = inherited_listener()?;
     let socket = listener
         .local_addr()
         .ok()
@@ -143,7 +144,8 @@ async fn ended_by_signal(busy: Box<dyn Fn() -> bool + Send + Sync>) -> Result<()
 fn inherited_listener() -> Result<UnixListener> {
     let not_ours = || {
         Error::precondition(
-            "descriptor 3 is not a listening socket; containerd calls this program with \"start\", see -h",
+            "containerd runs this program by itself, with the action start or delete; -h tells more (without an action it is the shim \
+             itself, and descriptor 3 must be its listening socket)",
         )
     };
     // SAFETY: borrowed only for these two calls; a closed descriptor makes them fail with EBADF.
