@@ -6,7 +6,10 @@ use std::{
     ffi::OsStr,
     fs,
     io::Write,
-    os::unix::{fs::FileTypeExt, net::UnixStream, process::CommandExt},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{fs::FileTypeExt, net::UnixStream, process::CommandExt},
+    },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     thread,
@@ -355,6 +358,49 @@ fn the_socket_of_a_killed_shim_is_taken_over() {
     assert_eq!(text(daemon.command(&bundle, "a", "start").output().unwrap()), address);
     UnixStream::connect(socket(&address)).unwrap();
     assert!(daemon.shims().iter().any(|pid| !before.contains(pid)));
+}
+
+#[test]
+fn a_shim_whose_start_was_killed_half_way_removes_the_socket_file() {
+    let daemon = Daemon::new();
+    let bundle = daemon.bundle("c1", "");
+    let path = daemon.dir.path().join("half");
+    // What `start` leaves when it is killed between bind and listen: a place, and the end of its pipe.
+    let socket = nix::sys::socket::socket(
+        nix::sys::socket::AddressFamily::Unix,
+        nix::sys::socket::SockType::Stream,
+        nix::sys::socket::SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .unwrap();
+    let place = nix::sys::socket::UnixAddr::new(&path).unwrap();
+    nix::sys::socket::bind(socket.as_raw_fd(), &place).unwrap();
+    let (done, doing) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+    let away = |fd: &OwnedFd| nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(20)).unwrap();
+    let (socket_away, done_away) = (away(&socket), away(&done));
+    let mut command = Command::new(PROGRAM);
+    command
+        .current_dir(&bundle)
+        .args(["-namespace", "test", "-id", "c1", "-address", &daemon.address()])
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped());
+    // SAFETY: dup2 is async-signal-safe.
+    unsafe {
+        command.pre_exec(move || {
+            for (from, to) in [(socket_away, 3), (done_away, 4)] {
+                if libc::dup2(from, to) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+    let child = command.spawn().unwrap();
+    assert!(path.exists());
+    drop(doing);
+    let output = child.wait_with_output().unwrap();
+    assert!(!output.status.success());
+    assert!(!path.exists(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]

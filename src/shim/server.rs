@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     env,
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::net::UnixListener,
     },
     path::PathBuf,
@@ -14,9 +14,10 @@ use std::{
 
 use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         prctl,
-        socket::{getsockopt, sockopt},
+        socket::{SockType, getsockopt, sockopt},
         stat::{Mode, umask},
     },
 };
@@ -30,8 +31,13 @@ use crate::{
     host::command::become_subreaper,
 };
 
-/// The descriptor on which `start` leaves the listening socket.
+/// The descriptor on which `start` leaves the socket.
 pub const LISTENER_FD: i32 = 3;
+/// The descriptor of a pipe that ends when `start` has let the socket listen, or has died.
+pub const START_FD: i32 = 4;
+
+/// Bound of the wait for `start`, which has a few system calls to make.
+const START_BOUND: Duration = Duration::from_secs(10);
 
 /// Bound of the delivery of the last events.
 const DRAIN_BOUND: Duration = Duration::from_secs(5);
@@ -144,18 +150,46 @@ async fn ended_by_signal(busy: Box<dyn Fn() -> bool + Send + Sync>) -> Result<()
 fn inherited_listener() -> Result<UnixListener> {
     let not_ours = || {
         Error::precondition(
-            "containerd runs this program by itself, with the action start or delete; -h tells more (without an action it is the shim \
-             itself, and descriptor 3 must be its listening socket)",
+            "descriptor 3 is not a listening socket; containerd calls this program with \"start\", see -h",
         )
     };
     // SAFETY: borrowed only for these two calls; a closed descriptor makes them fail with EBADF.
-    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(LISTENER_FD) };
-    if !getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false) {
+    let fd = unsafe { BorrowedFd::borrow_raw(LISTENER_FD) };
+    if getsockopt(&fd, sockopt::SockType) != Ok(SockType::Stream) {
         return Err(not_ours());
     }
     fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|_| not_ours())?;
     // SAFETY: open, as seen above, and nothing else in this process owns it: it was inherited.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd.as_raw_fd()) }.into())
+    let listener: UnixListener = unsafe { OwnedFd::from_raw_fd(fd.as_raw_fd()) }.into();
+    wait_for_start();
+    if getsockopt(&listener, sockopt::AcceptConn) == Ok(true) {
+        return Ok(listener);
+    }
+    // `start` was killed. If that was between bind and listen, its file is nobody's.
+    if let Some(path) = listener
+        .local_addr()
+        .ok()
+        .as_ref()
+        .and_then(|address| address.as_pathname())
+    {
+        let _ = std::fs::remove_file(path);
+    }
+    Err(not_ours())
+}
+
+/// Returns when `start` has done its part, or is dead.
+fn wait_for_start() {
+    // SAFETY: borrowed only for these calls; a closed descriptor makes them fail or answer POLLNVAL.
+    let fd = unsafe { BorrowedFd::borrow_raw(START_FD) };
+    if fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).is_err() {
+        return;
+    }
+    // SAFETY: open, as seen above, and nothing else in this process owns it: it was inherited.
+    let pipe = unsafe { OwnedFd::from_raw_fd(fd.as_raw_fd()) };
+    let mut end = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+    let bound = PollTimeout::try_from(START_BOUND).unwrap_or(PollTimeout::MAX);
+    // An error or the bound: the socket tells what has become of it.
+    let _ = poll(&mut end, bound);
 }
 
 /// Settings of the process that cannot fail, or whose failure changes nothing that matters.

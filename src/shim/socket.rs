@@ -4,7 +4,7 @@
 //! names another. The address of the daemon is part of the name, so private daemons do not meet.
 //!
 //! Whoever looks at the file in order to change it holds an exclusive `flock` on the folder. The kernel takes it back from a process
-//! that dies, and no lock file is left behind. It is held for a few system calls, none of which waits.
+//! that dies, and no lock file is left behind. It is held for a few system calls and the start of the shim, none of which waits.
 
 use std::{
     fs,
@@ -13,7 +13,6 @@ use std::{
         unix::{
             ffi::OsStrExt,
             fs::{DirBuilderExt, PermissionsExt},
-            net::UnixListener,
         },
     },
     path::{Path, PathBuf},
@@ -24,7 +23,7 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
-    sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket},
+    sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket},
 };
 use sha2::{Digest, Sha256};
 
@@ -48,11 +47,46 @@ pub struct Place {
 
 /// What [`Place::acquire`] found.
 #[derive(Debug)]
-pub enum Acquired {
+pub enum Acquired<'a> {
     /// A shim of the group listens.
     Live,
-    /// Nobody did; this socket is bound and listens now.
-    Bound(UnixListener),
+    /// Nobody does.
+    Free(Claim<'a>),
+}
+
+/// The right to a free place. Nobody else finds or takes it as long as this lives.
+#[derive(Debug)]
+pub struct Claim<'a> {
+    place: &'a Place,
+    _lock: Flock<OwnedFd>,
+}
+
+impl Claim<'_> {
+    /// Lets `socket` (of [`unbound`]) listen at the place.
+    ///
+    /// # Errors
+    /// The operating system's; no socket file is left behind then.
+    pub fn listen(self, socket: &OwnedFd) -> Result<()> {
+        let path = self.place.path();
+        let failed = || format!("cannot listen on {}", path.display());
+        let address = UnixAddr::new(&path).context(failed)?;
+        bind(socket.as_raw_fd(), &address).context(failed)?;
+        // Before it listens, so that nobody else can ever connect.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))
+            .context(|| format!("cannot protect {}", path.display()))
+            .and_then(|()| listen(socket, Backlog::MAXCONN).context(failed))
+            .inspect_err(|_| {
+                let _ = fs::remove_file(&path);
+            })
+    }
+}
+
+/// A unix socket that has no place yet.
+///
+/// # Errors
+/// The operating system's.
+pub fn unbound() -> Result<OwnedFd> {
+    socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).context(|| "cannot make a socket")
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -112,31 +146,27 @@ impl Place {
         format!("unix://{}", self.path().display())
     }
 
-    /// Finds the group's shim or takes its place, replacing the socket of a dead one. Of any number of callers at once, exactly one
-    /// gets [`Acquired::Bound`].
+    /// Finds the group's shim or claims its place, removing the socket of a dead one. Of any number of callers at once, exactly one
+    /// gets [`Acquired::Free`]; the others wait until it listens.
     ///
     /// # Errors
-    /// The operating system's; no socket file is left behind then.
-    pub fn acquire(&self) -> Result<Acquired> {
+    /// The operating system's; `DeadlineExceeded` when another caller holds its claim for ever.
+    pub fn acquire(&self) -> Result<Acquired<'_>> {
         if let Some(parent) = self.dir.parent() {
             // containerd's state folder must be traversable for remapped users, its sockets need not.
             create_dir(parent, 0o711)?;
         }
         create_dir(&self.dir, 0o700)?;
-        let _lock = self.lock()?;
+        let lock = self.lock()?;
         match self.probe()? {
             Probe::Live => return Ok(Acquired::Live),
             Probe::Dead => self.unlink()?,
             Probe::Absent => {}
         }
-        let path = self.path();
-        let listener = UnixListener::bind(&path).context(|| format!("cannot listen on {}", path.display()))?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))
-            .context(|| format!("cannot protect {}", path.display()))
-            .inspect_err(|_| {
-                let _ = fs::remove_file(&path);
-            })?;
-        Ok(Acquired::Bound(listener))
+        Ok(Acquired::Free(Claim {
+            place: self,
+            _lock: lock,
+        }))
     }
 
     /// Removes the socket file if nobody listens on it; says whether it is gone.
@@ -225,6 +255,18 @@ mod tests {
         Place::new(&dir.join("s"), "/run/c.sock", "ns", group).unwrap()
     }
 
+    /// The listening socket of a new shim, or `None` where there is one already.
+    fn listen_at(place: &Place) -> Option<OwnedFd> {
+        match place.acquire().unwrap() {
+            Acquired::Live => None,
+            Acquired::Free(claim) => {
+                let socket = unbound().unwrap();
+                claim.listen(&socket).unwrap();
+                Some(socket)
+            }
+        }
+    }
+
     #[test]
     fn daemons_namespaces_and_groups_do_not_meet() {
         let dir = Path::new("/run/s");
@@ -270,9 +312,7 @@ mod tests {
     fn a_second_start_finds_the_first() {
         let dir = tempfile::tempdir().unwrap();
         let place = place(dir.path(), "g");
-        let Acquired::Bound(_listener) = place.acquire().unwrap() else {
-            panic!("nobody was there")
-        };
+        let _listener = listen_at(&place).expect("nobody was there");
         assert_eq!(fs::metadata(place.path()).unwrap().permissions().mode() & 0o777, 0o600);
         assert!(matches!(place.acquire().unwrap(), Acquired::Live));
         assert!(!place.remove_if_dead().unwrap());
@@ -283,7 +323,7 @@ mod tests {
     fn a_shim_with_a_full_backlog_is_alive() {
         let dir = tempfile::tempdir().unwrap();
         let place = place(dir.path(), "g");
-        place.acquire().map(drop).unwrap();
+        drop(listen_at(&place));
         fs::remove_file(place.path()).unwrap();
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let address = UnixAddr::new(&place.path()).unwrap();
@@ -308,11 +348,9 @@ mod tests {
     fn the_socket_of_a_dead_shim_is_taken_over() {
         let dir = tempfile::tempdir().unwrap();
         let place = place(dir.path(), "g");
-        place.acquire().map(drop).unwrap();
+        drop(listen_at(&place));
         assert!(UnixStream::connect(place.path()).is_err());
-        let Acquired::Bound(_listener) = place.acquire().unwrap() else {
-            panic!("nobody listens there")
-        };
+        let _listener = listen_at(&place).expect("nobody listens there");
         UnixStream::connect(place.path()).unwrap();
     }
 
@@ -321,7 +359,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let place = place(dir.path(), "g");
         assert!(place.remove_if_dead().unwrap());
-        place.acquire().map(drop).unwrap();
+        drop(listen_at(&place));
         assert!(place.remove_if_dead().unwrap());
         assert!(!place.path().exists());
         assert!(place.remove_if_dead().unwrap());
@@ -332,12 +370,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let place = place(dir.path(), "g");
         // A dead shim's socket makes it harder.
-        place.acquire().map(drop).unwrap();
+        drop(listen_at(&place));
         let bound: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..16).map(|_| scope.spawn(|| place.acquire().unwrap())).collect();
+            let threads: Vec<_> = (0..16).map(|_| scope.spawn(|| listen_at(&place))).collect();
             threads.into_iter().map(|t| t.join().unwrap()).collect()
         });
-        let bound = bound.iter().filter(|a| matches!(a, Acquired::Bound(_))).count();
+        let bound = bound.iter().flatten().count();
         assert_eq!(bound, 1);
         assert_eq!(fs::read_dir(dir.path().join("s")).unwrap().count(), 1);
     }

@@ -1,7 +1,8 @@
 //! `start`: finds the shim of the container's group or makes one, and answers its address.
 //!
 //! The socket listens before the answer is printed, so the first connect succeeds even if the shim is not up yet: it waits in the
-//! backlog. This process does everything that the shim inherits (cgroup, OOM score, core scheduling) on itself, before the shim's
+//! backlog. The shim is started first, with a socket that has no place yet: if this process is killed at whatever instruction (the
+//! caller's deadline), either there is no socket file, or a shim that removes it. This process does everything that the shim inherits (cgroup, OOM score, core scheduling) on itself, before the shim's
 //! first instruction; it ends right afterwards.
 
 use std::{
@@ -9,21 +10,21 @@ use std::{
     ffi::{CString, OsString},
     fs,
     os::{
-        fd::{AsFd, AsRawFd},
-        unix::{ffi::OsStringExt, net::UnixListener},
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStringExt,
     },
     path::Path,
 };
 
 use log::{Level, Log, Record};
 use nix::{
-    fcntl::OFlag,
+    fcntl::{FcntlArg, OFlag, fcntl},
     spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn},
     sys::{
         signal::{SigSet, Signal},
         stat::Mode,
     },
-    unistd::getppid,
+    unistd::{getppid, pipe2},
 };
 
 use super::{
@@ -32,8 +33,8 @@ use super::{
     bootstrap::{self, Environment, Request},
     container, group,
     log::FifoLog,
-    server::LISTENER_FD,
-    socket::{Acquired, DEFAULT_DIR, Place},
+    server::{LISTENER_FD, START_FD},
+    socket::{Acquired, Claim, DEFAULT_DIR, Place, unbound},
 };
 use crate::{
     backend::check_id,
@@ -68,15 +69,14 @@ pub fn start(flags: &Flags) -> Result<Vec<u8>> {
     let answer = bootstrap::encode(request.form, &place.address())?;
     match place.acquire()? {
         Acquired::Live => write_address(&cwd, &place)?,
-        Acquired::Bound(listener) => launch(flags, &request, &bundle, &place, listener).inspect_err(|_| {
-            let _ = fs::remove_file(place.path());
+        Acquired::Free(claim) => launch(flags, &request, &bundle, &place, claim).inspect_err(|_| {
             let _ = fs::remove_file(address_file(&cwd));
         })?,
     }
     Ok(answer)
 }
 
-fn launch(flags: &Flags, request: &Request, bundle: &Bundle, place: &Place, listener: UnixListener) -> Result<()> {
+fn launch(flags: &Flags, request: &Request, bundle: &Bundle, place: &Place, claim: Claim<'_>) -> Result<()> {
     let log = FifoLog::new(&bundle.path, &flags.namespace, &flags.id, request.debug);
     join_cgroup(flags, request, bundle)?;
     if let Err(e) = adjust_oom_score() {
@@ -85,7 +85,13 @@ fn launch(flags: &Flags, request: &Request, bundle: &Bundle, place: &Place, list
     }
     schedule_core(&log)?;
     write_address(&bundle.path, place)?;
-    spawn(flags, request, listener)
+    let socket = unbound()?;
+    let (done, doing) = pipe2(OFlag::O_CLOEXEC).context(|| "cannot make a pipe")?;
+    spawn(flags, request, &socket, &done)?;
+    claim.listen(&socket)?;
+    // The end of this pipe, by this line or by our death, lets the shim look at its socket.
+    drop(doing);
+    Ok(())
 }
 
 /// Puts this process, and so the shim, into the cgroup that the options name.
@@ -163,8 +169,9 @@ fn write_address(bundle: &Path, place: &Place) -> Result<()> {
         .context(|| format!("cannot write {}", target.display()))
 }
 
-/// Runs this program again as the shim: in a session of its own, with `listener` as descriptor 3 and nothing else of ours.
-fn spawn(flags: &Flags, request: &Request, listener: UnixListener) -> Result<()> {
+/// Runs this program again as the shim: in a session of its own, with `socket` as descriptor 3, `done` as descriptor 4, and nothing
+/// else of ours.
+fn spawn(flags: &Flags, request: &Request, socket: &OwnedFd, done: &OwnedFd) -> Result<()> {
     let failed = || "cannot start the shim";
     // SAFETY: no pointer; marks every descriptor from 3 on close-on-exec, ours and what the caller leaked.
     let result = unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as i32) };
@@ -176,8 +183,11 @@ fn spawn(flags: &Flags, request: &Request, listener: UnixListener) -> Result<()>
             .add_open(fd, "/dev/null", OFlag::O_RDWR, Mode::empty())
             .context(failed)?;
     }
-    // Clears close-on-exec, even where both are the same (POSIX.1-2024).
-    actions.add_dup2(listener.as_raw_fd(), LISTENER_FD).context(failed)?;
+    // Copies out of the way first, so that neither takes the other's number.
+    let away = |fd: &OwnedFd| fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(START_FD + 1)).context(failed);
+    let (socket, done) = (away(socket)?, away(done)?);
+    actions.add_dup2(socket, LISTENER_FD).context(failed)?;
+    actions.add_dup2(done, START_FD).context(failed)?;
 
     let mut attributes = PosixSpawnAttr::init().context(failed)?;
     let session = PosixSpawnFlags::from_bits_retain(libc::POSIX_SPAWN_SETSID.into());
