@@ -20,7 +20,7 @@ build: ## build the release of the shim
 demo: ## show a container through ctr and a pod through CRI (root; installs what is missing)
 	@packaging/demo
 
-test: ## run every test: unit, lifecycle, backends, a real containerd, CRI, faults (root)
+test: ## run every test: unit, lifecycle, backends, a real containerd, CRI, faults (root; installs what is missing)
 	@tests/run
 
 bench: ## measure side by side with containerd-shim-runc-v2 (root); BENCH_ARGS are handed on
