@@ -2,6 +2,8 @@
 //!
 //! Drives the real shim over its socket, without containerd. `LXCRI_TEST_BACKEND` chooses one backend; each must pass all of it.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 /// The part of the harness that needs no containerd.
 mod support {
     #![allow(dead_code, reason = "each test file uses another part of the harness")]

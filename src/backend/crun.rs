@@ -226,8 +226,21 @@ impl Crun {
         Ok(Launched { pid, process, exit })
     }
 
+    /// Ends everything in the container's cgroup, the frozen too: signals alone do not end those.
+    async fn kill_cgroup(&self, rec: &Record) -> Result<()> {
+        let cgroup = match &rec.cgroup {
+            Some(cgroup) => Some(cgroup.clone()),
+            None => Cgroup::expected(rec.cgroups_path.as_deref(), rec.options.systemd_cgroup, &rec.id)?,
+        };
+        match cgroup {
+            Some(cgroup) => cgroup.kill_all(KILL_TIMEOUT).await,
+            None => Ok(()),
+        }
+    }
+
     /// Undoes by hand what crun cannot: its state folder, if there is one, does not tell any more what it made.
     async fn undo_half_made(&self, rec: &Record, dir: &Path) -> Result<()> {
+        self.kill_cgroup(rec).await?;
         let mut leftovers: Vec<Identity> = rec.init.into_iter().collect();
         if dir.exists() {
             leftovers.extend(processes_that_hold(dir)?);
@@ -352,6 +365,7 @@ impl Backend for Crun {
         }
         if dir.exists() {
             // The state stays for the next delete: it knows the cgroup. But nothing runs on.
+            errors.extend(self.kill_cgroup(rec).await.err());
             for process in status.identity().into_iter().chain(rec.init) {
                 errors.extend(end(&process, KILL_TIMEOUT).await.err());
             }
@@ -366,6 +380,7 @@ impl Backend for Crun {
             if status.is_of_another(&rec.bundle) {
                 return Err(failed);
             }
+            self.kill_cgroup(rec).await?;
             if let Some(init) = status.identity() {
                 end(&init, KILL_TIMEOUT).await?;
             }
@@ -750,7 +765,8 @@ fn classify(id: &str, status: u32, errors: &[String]) -> Error {
     if starts(&format!("container `{id}` already exists")) {
         return Error::already_exists(message);
     }
-    if starts("the container `") && (has("is not running") || has("is not in `created`"))
+    if starts("the container `")
+        && (has("is not running") || has("is not in `created`") || message.ends_with("` is paused"))
         || starts(&format!("container `{id}` is not running"))
         || starts("setns(pid=") && has("No such process")
         || starts("cannot open `") && has("/exec.fifo`: No such file or directory")

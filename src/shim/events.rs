@@ -297,6 +297,8 @@ async fn send_all(shared: Arc<Shared>, address: String) {
                     }
                     break;
                 }
+                // A daemon that says so is away as much as one that does not answer.
+                Err(Failure::Refused(status)) if status.code() == Code::UNAVAILABLE => {}
                 Err(Failure::Refused(status)) => {
                     refusals += 1;
                     if status.code() == Code::INVALID_ARGUMENT || refusals == MAX_REFUSALS {

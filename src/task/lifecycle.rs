@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use super::{
-    CGROUP_BOUND, CreateRequest, State,
+    CGROUP_BOUND, CreateRequest,
     bundle::Bundle,
     event::{Event, EventSink},
     process::{Intent, Phase, Process, next},
@@ -30,11 +30,11 @@ use super::{
     stdio::{self, Stdio},
 };
 use crate::{
-    backend::{Backend, BoxFuture, CheckpointOptions, ChildIo, ExecSpec, Exit, Launched, Observed, check_id},
+    backend::{Backend, BoxFuture, ChildIo, ExecSpec, Exit, Launched, Observed},
     error::{Error, Kind, Result},
     host::{
-        cgroup::{Cgroup, Metrics, OomWatch},
-        command::{self, Pidfd, Reaper},
+        cgroup::{Cgroup, OomWatch},
+        command::{self, Reaper},
     },
     rootfs,
 };
@@ -42,29 +42,29 @@ use crate::{
 /// Bound of waiting for a process that was sent SIGKILL.
 const KILL_BOUND: Duration = Duration::from_secs(10);
 
-/// Bound of freezing a cgroup; the freeze is taken back when it fires.
-const FREEZE_BOUND: Duration = Duration::from_secs(10);
-
 /// A container and its processes.
 pub struct Task {
-    record: Mutex<Arc<Record>>,
-    backend: Arc<dyn Backend>,
-    sink: Arc<dyn EventSink>,
-    reaper: Reaper,
-    init: Arc<Process>,
-    execs: Mutex<BTreeMap<String, Exec>>,
+    pub(super) record: Mutex<Arc<Record>>,
+    pub(super) backend: Arc<dyn Backend>,
+    pub(super) sink: Arc<dyn EventSink>,
+    pub(super) reaper: Reaper,
+    pub(super) init: Arc<Process>,
+    pub(super) execs: Mutex<BTreeMap<String, Exec>>,
     /// Set by a Kill during Create; Create then gives up and undoes.
-    abort: Notify,
+    pub(super) abort: Notify,
+    /// Rung by a SIGKILL during Pause; Pause then gives up and thaws.
+    pub(super) pause_abort: Notify,
     /// Set as soon as init is reaped, before its exit is published: no exec is started from then on.
-    init_ended: AtomicBool,
+    pub(super) init_ended: AtomicBool,
     /// Asks the supervisor of init to publish a pending OOM before an exec's exit is published.
-    oom_checks: Mutex<Option<mpsc::UnboundedSender<oneshot::Sender<()>>>>,
+    pub(super) oom_checks: Mutex<Option<mpsc::UnboundedSender<oneshot::Sender<()>>>>,
 }
 
+/// An exec of a task, and what it is to run.
 #[derive(Clone)]
-struct Exec {
-    process: Arc<Process>,
-    spec: Arc<ExecSpec>,
+pub(super) struct Exec {
+    pub(super) process: Arc<Process>,
+    pub(super) spec: Arc<ExecSpec>,
 }
 
 /// Whether somebody may ask again for what could not be removed.
@@ -74,7 +74,7 @@ enum Chance {
     Last,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Each guarded value is replaced or changed by one call, so it is whole after a panic elsewhere.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -95,6 +95,7 @@ impl Task {
             init: Arc::new(Process::new(stdio, Phase::Creating)),
             execs: Mutex::default(),
             abort: Notify::new(),
+            pause_abort: Notify::new(),
             init_ended: AtomicBool::new(false),
             oom_checks: Mutex::default(),
         }
@@ -115,11 +116,11 @@ impl Task {
         Ok(())
     }
 
-    fn publish(&self, event: Event, at: SystemTime) {
+    pub(super) fn publish(&self, event: Event, at: SystemTime) {
         self.sink.publish(event, at);
     }
 
-    fn id(&self) -> String {
+    pub(super) fn id(&self) -> String {
         self.record().id.clone()
     }
 
@@ -146,7 +147,7 @@ impl Task {
             .ok_or_else(|| Error::not_found(format!("process does not exist {exec_id}")))
     }
 
-    fn cgroup(&self) -> Result<Cgroup> {
+    pub(super) fn cgroup(&self) -> Result<Cgroup> {
         self.record()
             .cgroup
             .clone()
@@ -267,10 +268,7 @@ impl Task {
             )));
         }
         let started = self.backend.start(&self.record(), &mut io).await;
-        let failed = |e: Error| {
-            self.init.shift(Phase::Starting, Phase::Created);
-            Err(e.context(format!("cannot start task {}", self.id())))
-        };
+        let failed = |e: Error| e.context(format!("cannot start task {}", self.id()));
         let born = match started {
             Ok(None) => None,
             Ok(Some(launched)) => match self.adopt(&launched) {
@@ -280,15 +278,14 @@ impl Task {
                     if let Err(e) = launched.process.signal(libc::SIGKILL).or_else(gone_is_fine) {
                         log::error!("cannot end init of {}: {e}", self.id());
                     }
-                    let failed = failed(e);
+                    self.init.shift(Phase::Starting, Phase::Created);
                     self.supervise_init(launched.exit);
-                    return failed;
+                    return Err(failed(e));
                 }
             },
             Err(e) => {
-                let error = e.context(format!("cannot start task {}", self.id()));
                 self.start_failed(io).await;
-                return Err(error);
+                return Err(failed(e));
             }
         };
         if born.is_some()
@@ -530,246 +527,6 @@ impl Task {
         }
     }
 
-    // ---- signals ---------------------------------------------------------------------------------------------------------------
-
-    /// Kill. Never waits for another operation: a Create that is at work is given up, an exec that is being born gets the signal
-    /// at its birth.
-    ///
-    /// # Errors
-    /// `NotFound` "process already finished" for what has ended, `NotFound` for an exec that was not started, `InvalidArgument`
-    /// for a number that is no signal.
-    pub async fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Result<()> {
-        let signal = check_signal(signal)?;
-        let process = self.process(exec_id)?;
-        let ending = matches!(signal, libc::SIGKILL | libc::SIGTERM | libc::SIGINT | libc::SIGQUIT);
-        match process.phase() {
-            Phase::Stopped | Phase::Deleting | Phase::Deleted => return Err(finished()),
-            Phase::Creating if ending => {
-                self.abort.notify_one();
-                return Ok(());
-            }
-            Phase::Creating => {
-                return Err(Error::precondition(
-                    "container is being created; only a signal that ends it is taken",
-                ));
-            }
-            Phase::Created if !exec_id.is_empty() => {
-                return Err(Error::not_found(format!("process not created: exec {exec_id}")));
-            }
-            _ => {}
-        }
-        if all
-            && exec_id.is_empty()
-            && let Ok(cgroup) = self.cgroup()
-        {
-            return self.kill_cgroup(&cgroup, signal).await;
-        }
-        let Some(pidfd) = process.pidfd() else {
-            return match process.exit() {
-                Some(_) => Err(finished()),
-                None => process.signal_at_birth(signal),
-            };
-        };
-        self.signal_one(&process, &pidfd, signal).await
-    }
-
-    async fn signal_one(&self, process: &Process, pidfd: &Pidfd, signal: i32) -> Result<()> {
-        pidfd.signal(signal)?;
-        let is_init = Arc::as_ptr(&self.init) == std::ptr::from_ref(process);
-        // A frozen v1 cgroup keeps even a killed process; v2 lets it go.
-        if signal == libc::SIGKILL
-            && is_init
-            && let Ok(cgroup) = self.cgroup()
-            && !cgroup.is_v2()
-        {
-            let paused = matches!(self.init.phase(), Phase::Paused | Phase::Pausing);
-            // Others than us may freeze it, too.
-            if paused || cgroup.is_frozen().unwrap_or(false) {
-                cgroup.thaw(FREEZE_BOUND).await?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn kill_cgroup(&self, cgroup: &Cgroup, signal: i32) -> Result<()> {
-        if signal == libc::SIGKILL {
-            return cgroup.kill_all(CGROUP_BOUND).await;
-        }
-        match cgroup.signal_all(signal)? {
-            0 => Err(finished()),
-            _ => Ok(()),
-        }
-    }
-
-    // ---- exec, and what a running task can be asked for -------------------------------------------------------------------------
-
-    /// Exec: adds a process, which Start then runs.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for a bad id; `AlreadyExists`; `FailedPrecondition` when the task does not run.
-    pub fn exec(&self, exec_id: &str, spec: ExecSpec, stdio: stdio::Config) -> Result<()> {
-        check_id("exec id", exec_id)?;
-        next(self.init.phase(), Intent::Exec)?;
-        {
-            let mut execs = lock(&self.execs);
-            if execs.contains_key(exec_id) {
-                return Err(Error::already_exists(format!("id {exec_id}")));
-            }
-            execs.insert(
-                exec_id.to_owned(),
-                Exec {
-                    process: Arc::new(Process::new(stdio, Phase::Created)),
-                    spec: Arc::new(spec),
-                },
-            );
-        }
-        self.publish(
-            Event::ExecAdded {
-                container_id: self.id(),
-                exec_id: exec_id.to_owned(),
-            },
-            SystemTime::now(),
-        );
-        Ok(())
-    }
-
-    /// Pause: freezes the container's cgroup.
-    ///
-    /// # Errors
-    /// `FailedPrecondition` when it does not run; `DeadlineExceeded` when it did not freeze, and then it runs on.
-    pub async fn pause(&self) -> Result<()> {
-        self.freeze(Intent::Pause, Phase::Running, Phase::Paused).await
-    }
-
-    /// Resume: thaws it.
-    ///
-    /// # Errors
-    /// `FailedPrecondition` when it is not paused.
-    pub async fn resume(&self) -> Result<()> {
-        self.freeze(Intent::Resume, Phase::Paused, Phase::Running).await
-    }
-
-    async fn freeze(&self, intent: Intent, before: Phase, after: Phase) -> Result<()> {
-        let cgroup = self.cgroup()?;
-        self.init.claim(intent)?;
-        let done = match intent {
-            Intent::Pause => cgroup.freeze(FREEZE_BOUND).await,
-            _ => cgroup.thaw(FREEZE_BOUND).await,
-        };
-        if let Err(e) = done {
-            self.init.shift(Phase::Pausing, before);
-            return Err(e);
-        }
-        let container_id = self.id();
-        let event = match after {
-            Phase::Paused => Event::Paused { container_id },
-            _ => Event::Resumed { container_id },
-        };
-        self.publish(event, SystemTime::now());
-        self.init.shift(Phase::Pausing, after);
-        Ok(())
-    }
-
-    /// Update: applies OCI `linux.resources` (JSON).
-    ///
-    /// # Errors
-    /// `FailedPrecondition` when it has ended; what the backend said otherwise.
-    pub async fn update(&self, resources_json: &[u8]) -> Result<()> {
-        next(self.init.phase(), Intent::Update)?;
-        // crun takes what it does not understand for "not mentioned".
-        serde_json::from_slice::<oci_spec::runtime::LinuxResources>(resources_json)
-            .map_err(|e| Error::invalid("resources are not an OCI linux.resources object").with_source(e))?;
-        self.backend.update(&self.record(), resources_json).await
-    }
-
-    /// Checkpoint: writes the images of the running container.
-    ///
-    /// # Errors
-    /// `FailedPrecondition` when it does not run; `Unimplemented` where the backend cannot.
-    pub async fn checkpoint(&self, options: &CheckpointOptions) -> Result<()> {
-        next(self.init.phase(), Intent::Checkpoint)?;
-        self.backend.checkpoint(&self.record(), options).await?;
-        self.publish(
-            Event::Checkpointed {
-                container_id: self.id(),
-                checkpoint: options.image_path.display().to_string(),
-            },
-            SystemTime::now(),
-        );
-        Ok(())
-    }
-
-    /// Stats: the metrics of the container's cgroup.
-    ///
-    /// # Errors
-    /// `NotFound` "cgroup does not exist".
-    pub fn stats(&self) -> Result<Metrics> {
-        self.cgroup()?.metrics()
-    }
-
-    /// Pids: every process of the container with the id of the exec that it is, if it is one. Never empty while init lives, and
-    /// never waits: containerd reaps a shim whose answer is empty or late (#13848).
-    pub fn pids(&self) -> Vec<(u32, Option<String>)> {
-        let mut pids = self.cgroup().and_then(|cgroup| cgroup.pids()).unwrap_or_default();
-        let init = self.init.pid();
-        if pids.is_empty() && init != 0 && self.init.exit().is_none() {
-            pids.push(init);
-        }
-        let execs: BTreeMap<u32, String> = lock(&self.execs)
-            .iter()
-            .filter(|(_, exec)| exec.process.exit().is_none())
-            .map(|(id, exec)| (exec.process.pid(), id.clone()))
-            .collect();
-        pids.into_iter().map(|pid| (pid, execs.get(&pid).cloned())).collect()
-    }
-
-    /// State of init or of an exec.
-    ///
-    /// # Errors
-    /// `NotFound`.
-    pub fn state(&self, exec_id: &str) -> Result<State> {
-        let process = self.process(exec_id)?;
-        Ok(State {
-            bundle: self.record().bundle.clone(),
-            pid: process.pid(),
-            phase: process.phase(),
-            stdio: process.config.clone(),
-            exit: process.exit(),
-        })
-    }
-
-    /// Wait: the exit of init or of an exec, at once if it has ended.
-    ///
-    /// # Errors
-    /// `NotFound` when there is no such process, or when it was deleted before it ran.
-    pub async fn wait(&self, exec_id: &str) -> Result<Exit> {
-        let process = self.process(exec_id)?;
-        process
-            .wait()
-            .await
-            .ok_or_else(|| Error::not_found("process does not exist: deleted before it ran"))
-    }
-
-    /// ResizePty; without a terminal it does nothing.
-    ///
-    /// # Errors
-    /// `NotFound`, or what the kernel said.
-    pub fn resize_pty(&self, exec_id: &str, width: u32, height: u32) -> Result<()> {
-        match self.process(exec_id)?.stdio() {
-            Some(stdio) => stdio.resize(width, height),
-            None => Ok(()),
-        }
-    }
-
-    /// CloseIO of stdin, at any time: it is remembered for an exec that was not started yet.
-    ///
-    /// # Errors
-    /// `NotFound`.
-    pub fn close_stdin(&self, exec_id: &str) -> Result<()> {
-        self.process(exec_id)?.close_stdin();
-        Ok(())
-    }
-
     // ---- delete ----------------------------------------------------------------------------------------------------------------
 
     pub(super) async fn delete_exec(&self, exec_id: &str) -> Result<(u32, Exit)> {
@@ -896,20 +653,9 @@ async fn next_oom(oom: &mut Option<OomWatch>) -> bool {
     }
 }
 
-fn finished() -> Error {
-    Error::not_found("process already finished")
-}
-
-fn gone_is_fine(error: Error) -> Result<()> {
+pub(super) fn gone_is_fine(error: Error) -> Result<()> {
     match error.kind() {
         Kind::NotFound => Ok(()),
         _ => Err(error),
-    }
-}
-
-fn check_signal(signal: u32) -> Result<i32> {
-    match i32::try_from(signal) {
-        Ok(signal) if (1..=64).contains(&signal) => Ok(signal),
-        _ => Err(Error::invalid(format!("{signal} is not a signal number (1 to 64)"))),
     }
 }

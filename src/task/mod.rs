@@ -9,6 +9,7 @@ pub mod event;
 mod lifecycle;
 pub mod process;
 pub mod record;
+mod requests;
 pub mod stdio;
 
 use std::{

@@ -214,7 +214,9 @@ fn quick_calls_that_are_given_up_at_once_leave_the_truth() {
                 request.id = "a".into();
                 let instant = Duration::from_millis(1);
                 // Answered or not: both happen.
-                let _ = pod.call_bounded::<_, api::Empty>($method, &request, instant).await;
+                let _ = pod
+                    .call_bounded::<_, api::Empty>($method, &request, instant)
+                    .await;
                 pod.reconnect().await;
             }};
         }
@@ -235,7 +237,9 @@ fn quick_calls_that_are_given_up_at_once_leave_the_truth() {
         let mut kill = api::KillRequest::new();
         kill.id = "a".into();
         kill.signal = 9;
-        let _ = pod.call_bounded::<_, api::Empty>("Kill", &kill, Duration::from_millis(1)).await;
+        let _ = pod
+            .call_bounded::<_, api::Empty>("Kill", &kill, Duration::from_millis(1))
+            .await;
         pod.reconnect().await;
         let _ = pod.kill("a", "", libc::SIGKILL, false).await;
         assert_eq!(pod.wait("a", "").await.unwrap(), 137);
@@ -317,7 +321,11 @@ fn a_shim_ignores_the_signals_of_a_session_while_a_container_lives_and_obeys_wit
             daemon.assert_nothing_left();
             fs::remove_dir_all(&a.path).unwrap();
         }
-        assert!(!leaks::processes().iter().any(|process| process.command.starts_with(SHIM)));
+        assert!(
+            !leaks::processes()
+                .iter()
+                .any(|process| process.command.starts_with(SHIM))
+        );
     });
 }
 

@@ -203,6 +203,12 @@ fn the_reasons_of_crun_1_8_1_have_their_kinds() {
         ),
         (
             1,
+            r#"{"msg":"the container `c1` is paused","level":"error","time":"2026-11-23T06:20:44.123758Z"}"#,
+            Kind::FailedPrecondition,
+            "the container `c1` is paused",
+        ),
+        (
+            1,
             r#"{"msg":"the container `c1` is not in `created` or `stopped` state","level":"error","time":"2026-11-23T06:02:35.616273Z"}"#,
             Kind::FailedPrecondition,
             "the container `c1` is not in `created` or `stopped` state",

@@ -393,7 +393,7 @@ fn inherit(parent: &Path, folder: &Path, file: &str) -> io::Result<()> {
 
 /// A kernel file as text; what is not UTF-8 (a name that a container chose) is replaced and then found nowhere.
 fn read(path: &Path) -> io::Result<String> {
-    let bytes = fs::read(path)?;
+    let bytes = super::read_kernel_file(path)?;
     Ok(String::from_utf8(bytes).unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned()))
 }
 

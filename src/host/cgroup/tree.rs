@@ -89,7 +89,7 @@ pub(super) fn read_at(at: BorrowedFd<'_>, file: &str) -> io::Result<String> {
         OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC,
         Mode::empty(),
     )?;
-    let mut bytes = Vec::new();
+    let mut bytes = Vec::with_capacity(4 << 10);
     std::fs::File::from(fd).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }

@@ -1,9 +1,19 @@
 //! Real processes.
 
-use std::{fs::File, io::Read};
+use std::{
+    fs::{self, File},
+    io::Read,
+    sync::Arc,
+    time::Duration,
+};
 
-use super::{isolation::block_on, *};
-use crate::error::Kind;
+use super::{
+    isolation::block_on,
+    pidfd::{Stat, parse_stat},
+    reaper::STATUS_UNKNOWN,
+    *,
+};
+use crate::{error::Kind, task::record::Identity};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
