@@ -5,9 +5,11 @@ DESTDIR ?=
 CARGO   ?= cargo
 TARGET  := $(or $(CARGO_TARGET_DIR),target)
 SHIM    := containerd-shim-proxmox-lxcri-v1
+# Of the package: configurations to start from.
+EXAMPLES = $(PREFIX)/share/doc/proxmox-lxcri
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench install clean
+.PHONY: help build demo test bench install uninstall clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -18,17 +20,25 @@ build: ## build the release of the shim
 demo: ## show a container through ctr and a pod through CRI (root; installs what is missing)
 	@packaging/demo
 
-test: ## run every test: unit, lifecycle, backends, a real containerd, CRI, faults (root)
+test: ## run every test: unit, lifecycle, backends, a real containerd, CRI, faults (root; installs what is missing)
 	@tests/run
 
 bench: ## measure side by side with containerd-shim-runc-v2 (root); BENCH_ARGS are handed on
 	$(CARGO) build --release --bin $(SHIM)
 	$(CARGO) bench --bench shims -- $(BENCH_ARGS)
 
-install: $(TARGET)/release/$(SHIM) ## install the shim into $(DESTDIR)$(PREFIX)/bin
-	install -D -m 0755 $(TARGET)/release/$(SHIM) $(DESTDIR)$(PREFIX)/bin/$(SHIM)
+# What is already built is installed as it is, so that root needs no cargo: make build && sudo make install
+install: $(TARGET)/release/$(SHIM) ## install shim, man page and examples below $(DESTDIR)$(PREFIX), /usr/local by default
+	install -D -m 0755 $< $(DESTDIR)$(PREFIX)/bin/$(SHIM)
+	install -D -m 0644 packaging/$(SHIM).8 $(DESTDIR)$(PREFIX)/share/man/man8/$(SHIM).8
+	install -d $(DESTDIR)$(EXAMPLES)
+	install -m 0644 $(addprefix packaging/,config.toml containerd-v2.toml containerd-v3.toml runtimeclass.yaml) $(DESTDIR)$(EXAMPLES)
 
-$(TARGET)/release/$(SHIM):
+uninstall: ## remove what install has put there
+	rm -f $(DESTDIR)$(PREFIX)/bin/$(SHIM) $(DESTDIR)$(PREFIX)/share/man/man8/$(SHIM).8
+	rm -rf $(DESTDIR)$(EXAMPLES)
+
+$(TARGET)/release/$(SHIM): Cargo.toml Cargo.lock build.rs $(shell find src proto -type f)
 	$(MAKE) build
 
 clean: ## remove what was built

@@ -20,6 +20,7 @@ fn main() {
     println!("\n{}", bold("containerd-shim-proxmox-lxcri-v1: a demo"));
     show_versions();
     note("a containerd of its own, in namespaces of its own; the machine's is not touched");
+    note("the images are made here, from busybox; no registry is asked");
     cri_node(async |node| {
         containers(node).await;
         pods(node).await;
@@ -106,22 +107,34 @@ async fn pods(node: &Node) {
     ));
 
     for shim in node.shims() {
-        let status = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", shim.pid)).unwrap_or_default();
-        let pss = status
-            .lines()
-            .find_map(|line| line.strip_prefix("Pss:"))
-            .unwrap_or("?")
-            .trim()
-            .to_string();
+        let rollup = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", shim.pid)).unwrap_or_default();
+        let field = |name: &str| {
+            rollup
+                .lines()
+                .find_map(|line| line.strip_prefix(name))
+                .unwrap_or("?")
+                .trim()
+        };
         answer(&format!(
-            "one shim for the sandbox and both containers: process {}, {pss} of memory (PSS)",
-            shim.pid
+            "one shim for the sandbox and both containers: process {}, {} of memory of its own (Private_Dirty);",
+            shim.pid,
+            field("Private_Dirty:")
+        ));
+        answer(&format!(
+            "with the program's pages, which all shims of a node share, {} (PSS of this only one)",
+            field("Pss:")
         ));
     }
 
     call("StopContainer", "web, with 1 s of grace");
     web.stop(1).await;
-    answer(&format!("exit status {}", web.exited().await.exit_code));
+    let status = web.exited().await.exit_code;
+    let how = if status == 137 {
+        " (this web server ignores SIGTERM, so it was killed)"
+    } else {
+        ""
+    };
+    answer(&format!("exit status {status}{how}"));
     call("StopPodSandbox, RemovePodSandbox", "");
     pod.remove().await;
     answer("gone");

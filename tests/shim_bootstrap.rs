@@ -620,3 +620,18 @@ fn version_and_help_help() {
         assert!(help.contains(word), "{word}");
     }
 }
+
+#[test]
+fn the_manual_names_every_flag_and_variable_of_the_help() {
+    let manual = include_str!("../packaging/containerd-shim-proxmox-lxcri-v1.8").replace('\\', "");
+    let help = text(Command::new(PROGRAM).arg("-h").output().unwrap());
+    let named = help
+        .split(|c: char| c.is_whitespace() || c == ',')
+        .filter(|word| word.starts_with('-') || word.contains('_') && word.to_uppercase() == *word);
+    let mut count = 0;
+    for word in named.filter(|word| !["-flag", "--flag", "-flag=value", "--runtime"].contains(word)) {
+        assert!(manual.contains(word), "{word}");
+        count += 1;
+    }
+    assert!(count > 12, "{count}");
+}

@@ -57,7 +57,7 @@ pub const CONFIG_FILE_VARIABLE: &str = "PROXMOX_LXCRI_CONFIG";
 /// What an annotation's key begins with; the name of an option follows.
 pub const ANNOTATION_PREFIX: &str = "io.proxmox-lxcri.";
 
-/// The known backends; [`crate::backend::by_name`] says which of them are built.
+/// The known backends; [`crate::backend::all`] says which of them are built.
 pub const BACKENDS: [&str; 4] = ["crun", "lxc", "proxmox-lxc", "proxmox-vm"];
 
 /// What was decided for one container; every field has its value.

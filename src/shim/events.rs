@@ -4,7 +4,7 @@
 //! overtakes anything. An event whose answer was lost with the connection is sent again: containerd may hear it twice, never not at
 //! all.
 //!
-//! The queue is bounded. Over the bound, what matters least goes first ([`rank`]); an exit is given up only for want of anything
+//! The queue is bounded. Over the bound, what matters least goes first (`rank`); an exit is given up only for want of anything
 //! else, beyond a bound that no node reaches, since processes are started by the very daemon that would have to be away.
 
 use std::{

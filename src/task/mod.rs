@@ -327,7 +327,9 @@ pub async fn cleanup(bundle: &Path, namespace: &str, id: &str, backends: &Backen
         Err(e) => {
             // A broken record must not keep the rootfs mounted for ever.
             rootfs::release(&bundle.join("rootfs")).await?;
-            return Err(e);
+            return Err(e.context(format!(
+                "only the rootfs of container {id} was unmounted; end the rest by \"crun delete --force\", see docs/operations.md"
+            )));
         }
     };
     let call_bound = u64::try_from(CLEANUP_CALL_BOUND.as_millis()).unwrap_or(u64::MAX);
