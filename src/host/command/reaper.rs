@@ -242,20 +242,22 @@ impl Reaper {
         ))
     }
 
-    /// Whether a program that was started here may have made that process: it is a child of such a program which still runs, or has
-    /// become ours, and nobody has taken it over. What programs tell about pids is not to be believed without that.
+    /// Whether a program that was started here may have made that process: it is a child of such a program, which runs or is just
+    /// being killed, or has become ours, and nobody has taken it over. What programs tell about pids is not to be believed without that.
     pub fn may_be_left_to_us(&self, pid: u32) -> bool {
         let own = std::process::id();
-        let is_owned = |pid: u32| self.lock().owned.contains_key(&pid);
+        if self.lock().owned.contains_key(&pid) {
+            return false;
+        }
         let Ok(process) = read_stat(pid) else { return false };
         if process.parent == own {
-            return !is_owned(pid);
+            return true;
         }
-        // The processes of containers have owned parents too, but those lead sessions of their own.
+        // The processes of containers have parents that are our children too, but those lead sessions of their own.
         let (Ok(parent), Ok(us)) = (read_stat(process.parent), read_stat(own)) else {
             return false;
         };
-        parent.parent == own && is_owned(process.parent) && parent.session == us.session
+        parent.parent == own && parent.session == us.session
     }
 
     /// While the guard lives, strangers are not reaped: a launch is in flight whose pid is not known yet.
