@@ -21,7 +21,7 @@ use args::Action;
 
 use crate::{
     backend, config,
-    error::Result,
+    error::{Context, Result},
     host::command::Reaper,
     task::{Engine, bundle::Bundle},
 };
@@ -35,35 +35,40 @@ const GROUP_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.contai
 /// Runs the program: does what the arguments (without the program's name) ask for. On failure one sentence is written to stderr.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match run(args) {
-        Ok(answer) => match std::io::stdout()
-            .write_all(&answer)
-            .and_then(|()| std::io::stdout().flush())
-        {
-            Ok(()) => ExitCode::SUCCESS,
-            // Nobody is left who could be told.
-            Err(_) => ExitCode::FAILURE,
-        },
+        Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
+            // Nobody may be left who could be told.
             let _ = writeln!(std::io::stderr(), "{RUNTIME}: {e}");
             ExitCode::FAILURE
         }
     }
 }
 
-/// What is to be printed.
-fn run(args: impl IntoIterator<Item = OsString>) -> Result<Vec<u8>> {
+fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     let (action, flags) = args::parse(args)?;
     match action {
-        Action::Help => Ok(args::HELP.into()),
+        Action::Help => print(args::HELP.as_bytes()),
         Action::Version => {
             let version = env!("CARGO_PKG_VERSION");
-            Ok(format!("containerd-shim-proxmox-lxcri-v1:\n  Version:  {version}\n").into_bytes())
+            print(format!("containerd-shim-proxmox-lxcri-v1:\n  Version:  {version}\n").as_bytes())
         }
-        Action::Info => info::info(),
-        Action::Start => start::start(&flags),
-        Action::Delete => delete::delete(&flags),
-        Action::Serve => server::serve(&flags, engine).map(|()| Vec::new()),
+        Action::Info => print(&info::info()?),
+        Action::Start => {
+            let started = start::start(&flags)?;
+            print(&started.answer)?;
+            started.shim.map_or(Ok(()), start::Newborn::is_known)
+        }
+        Action::Delete => print(&delete::delete(&flags)?),
+        Action::Serve => server::serve(&flags, engine),
     }
+}
+
+fn print(answer: &[u8]) -> Result<()> {
+    let mut stdout = std::io::stdout();
+    stdout
+        .write_all(answer)
+        .and_then(|()| stdout.flush())
+        .context(|| "cannot write the answer")
 }
 
 /// The group of a container: who shares a shim with it.

@@ -33,7 +33,7 @@ use crate::{
 
 /// The descriptor on which `start` leaves the socket.
 pub const LISTENER_FD: i32 = 3;
-/// The descriptor of a pipe that ends when `start` has let the socket listen, or has died.
+/// The descriptor of a pipe with a byte once `start` has told the address, and its end when `start` has died before.
 pub const START_FD: i32 = 4;
 
 /// Bound of the wait for `start`, which has a few system calls to make.
@@ -150,7 +150,8 @@ async fn ended_by_signal(busy: Box<dyn Fn() -> bool + Send + Sync>) -> Result<()
 fn inherited_listener() -> Result<UnixListener> {
     let not_ours = || {
         Error::precondition(
-            "descriptor 3 is not a listening socket; containerd calls this program with \"start\", see -h",
+            "containerd runs this program by itself, with the action start or delete; -h tells more (without an action it is the shim \
+             itself, and descriptor 3 must be its listening socket)",
         )
     };
     // SAFETY: borrowed only for these two calls; a closed descriptor makes them fail with EBADF.
@@ -161,11 +162,11 @@ fn inherited_listener() -> Result<UnixListener> {
     fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|_| not_ours())?;
     // SAFETY: open, as seen above, and nothing else in this process owns it: it was inherited.
     let listener: UnixListener = unsafe { OwnedFd::from_raw_fd(fd.as_raw_fd()) }.into();
-    wait_for_start();
-    if getsockopt(&listener, sockopt::AcceptConn) == Ok(true) {
+    let go_on = start_is_done();
+    if go_on && getsockopt(&listener, sockopt::AcceptConn) == Ok(true) {
         return Ok(listener);
     }
-    // `start` was killed. If that was between bind and listen, its file is nobody's.
+    // `start` was killed. Nobody knows this shim, and its file, if there is one, is nobody's.
     if let Some(path) = listener
         .local_addr()
         .ok()
@@ -177,19 +178,19 @@ fn inherited_listener() -> Result<UnixListener> {
     Err(not_ours())
 }
 
-/// Returns when `start` has done its part, or is dead.
-fn wait_for_start() {
-    // SAFETY: borrowed only for these calls; a closed descriptor makes them fail or answer POLLNVAL.
+/// Waits until `start` has done its part or is dead; whether it has done it.
+fn start_is_done() -> bool {
+    // SAFETY: borrowed only for this call; a closed descriptor makes it fail.
     let fd = unsafe { BorrowedFd::borrow_raw(START_FD) };
     if fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).is_err() {
-        return;
+        // Nobody to wait for; the socket tells the rest.
+        return true;
     }
     // SAFETY: open, as seen above, and nothing else in this process owns it: it was inherited.
     let pipe = unsafe { OwnedFd::from_raw_fd(fd.as_raw_fd()) };
-    let mut end = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+    let mut word = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
     let bound = PollTimeout::try_from(START_BOUND).unwrap_or(PollTimeout::MAX);
-    // An error or the bound: the socket tells what has become of it.
-    let _ = poll(&mut end, bound);
+    poll(&mut word, bound) == Ok(1) && nix::unistd::read(&pipe, &mut [0]) == Ok(1)
 }
 
 /// Settings of the process that cannot fail, or whose failure changes nothing that matters.

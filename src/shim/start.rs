@@ -2,7 +2,7 @@
 //!
 //! The socket listens before the answer is printed, so the first connect succeeds even if the shim is not up yet: it waits in the
 //! backlog. The shim is started first, with a socket that has no place yet: if this process is killed at whatever instruction (the
-//! caller's deadline), either there is no socket file, or a shim that removes it. This process does everything that the shim inherits (cgroup, OOM score, core scheduling) on itself, before the shim's
+//! caller's deadline), either there is no socket file, or a shim that removes it and ends, because nobody tells it to go on. This process does everything that the shim inherits (cgroup, OOM score, core scheduling) on itself, before the shim's
 //! first instruction; it ends right afterwards.
 
 use std::{
@@ -47,12 +47,38 @@ use crate::{
 /// Highest OOM score adjustment (proc(5), oom_score_adj).
 const OOM_SCORE_ADJ_MAX: i32 = 1000;
 
-/// Does it, for the bundle in the working directory. Returns what is to be printed.
+/// What `start` has to say.
+#[derive(Debug)]
+pub struct Started {
+    /// What is to be printed.
+    pub answer: Vec<u8>,
+    /// A shim that was made just now, and waits.
+    pub shim: Option<Newborn>,
+}
+
+/// A shim that listens and waits for the word that its address was told. Without it (this process was killed) it ends: nobody would
+/// ever call it.
+#[derive(Debug)]
+pub struct Newborn(OwnedFd);
+
+impl Newborn {
+    /// Says that the answer was printed.
+    ///
+    /// # Errors
+    /// The operating system's: the shim is gone.
+    pub fn is_known(self) -> Result<()> {
+        nix::unistd::write(self.0, b".")
+            .map(drop)
+            .context(|| "the shim has ended right after its start")
+    }
+}
+
+/// Does it, for the bundle in the working directory.
 ///
 /// # Errors
 /// When the arguments, stdin or the bundle are wrong, or the operating system refuses. No socket, no process and no address file is
 /// left behind then.
-pub fn start(flags: &Flags) -> Result<Vec<u8>> {
+pub fn start(flags: &Flags) -> Result<Started> {
     check_id("namespace", &flags.namespace)?;
     check_id("id", &flags.id)?;
     let input = bootstrap::read_stdin(std::io::stdin().as_fd())?;
@@ -67,16 +93,18 @@ pub fn start(flags: &Flags) -> Result<Vec<u8>> {
     let dir = request.socket_dir.as_deref().unwrap_or(Path::new(DEFAULT_DIR));
     let place = Place::new(dir, &request.address, &flags.namespace, group(&bundle, &flags.id))?;
     let answer = bootstrap::encode(request.form, &place.address())?;
-    match place.acquire()? {
-        Acquired::Live => write_address(&cwd, &place)?,
-        Acquired::Free(claim) => launch(flags, &request, &bundle, &place, claim).inspect_err(|_| {
-            let _ = fs::remove_file(address_file(&cwd));
-        })?,
-    }
-    Ok(answer)
+    let shim = match place.acquire()? {
+        Acquired::Live => write_address(&cwd, &place).map(|()| None)?,
+        Acquired::Free(claim) => launch(flags, &request, &bundle, &place, claim)
+            .map(Some)
+            .inspect_err(|_| {
+                let _ = fs::remove_file(address_file(&cwd));
+            })?,
+    };
+    Ok(Started { answer, shim })
 }
 
-fn launch(flags: &Flags, request: &Request, bundle: &Bundle, place: &Place, claim: Claim<'_>) -> Result<()> {
+fn launch(flags: &Flags, request: &Request, bundle: &Bundle, place: &Place, claim: Claim<'_>) -> Result<Newborn> {
     let log = FifoLog::new(&bundle.path, &flags.namespace, &flags.id, request.debug);
     join_cgroup(flags, request, bundle)?;
     if let Err(e) = adjust_oom_score() {
@@ -89,9 +117,7 @@ fn launch(flags: &Flags, request: &Request, bundle: &Bundle, place: &Place, clai
     let (done, doing) = pipe2(OFlag::O_CLOEXEC).context(|| "cannot make a pipe")?;
     spawn(flags, request, &socket, &done)?;
     claim.listen(&socket)?;
-    // The end of this pipe, by this line or by our death, lets the shim look at its socket.
-    drop(doing);
-    Ok(())
+    Ok(Newborn(doing))
 }
 
 /// Puts this process, and so the shim, into the cgroup that the options name.
