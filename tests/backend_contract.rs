@@ -733,7 +733,7 @@ fn one_shim_serves_a_pod_whose_containers_share_namespaces_by_path() {
         let stdout = io.read_stdout();
         let app_pid = first.run(&app, &io).await;
         appears(&app.path.join("upper/ready")).await;
-        assert_eq!(first.pids("app").await.unwrap().len(), 2);
+        assert!(first.pids("app").await.unwrap().len() >= 2);
         for namespace in ["net", "ipc", "uts", "pid"] {
             let of = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).unwrap();
             assert_eq!(of(pid), of(app_pid), "{namespace}");
