@@ -32,7 +32,7 @@ use containerd_shim_protos::{
 };
 use serde_json::json;
 use support::{
-    pod::{BOUND, Bundle, Daemon, Io, Pod, Reading, Start, mount, process, refused},
+    pod::{BOUND, Bundle, Daemon, FOREVER, Io, Pod, Reading, Start, appears, mount, options, process, refused, shell},
     universe,
 };
 
@@ -68,43 +68,6 @@ async fn pod(daemon: &Daemon, backend: &str, args: &[&str]) -> (Pod, Bundle) {
     let mut pod = Pod::start(daemon, &bundle).await;
     pod.options = Some(options(&format!("backend = \"{backend}\"")));
     (pod, bundle)
-}
-
-/// Runtime options as CRI sends them for a runtime type that it does not know.
-fn options(toml: &str) -> Any {
-    #[derive(Clone, PartialEq, prost::Message)]
-    struct Options {
-        #[prost(string, tag = "1")]
-        type_url: String,
-        #[prost(string, tag = "2")]
-        config_path: String,
-        #[prost(bytes = "vec", tag = "3")]
-        config_body: Vec<u8>,
-    }
-    let message = Options {
-        config_body: toml.into(),
-        ..Options::default()
-    };
-    Any {
-        type_url: "runtimeoptions.v1.Options".into(),
-        value: prost::Message::encode_to_vec(&message),
-        ..Any::default()
-    }
-}
-
-const FOREVER: [&str; 2] = ["sleep", "100000"];
-
-fn shell(script: &str) -> [&str; 3] {
-    ["sh", "-c", script]
-}
-
-/// Waits until a file of the container's root says something.
-async fn appears(path: &Path) {
-    let end = tokio::time::Instant::now() + BOUND;
-    while !path.exists() {
-        assert!(tokio::time::Instant::now() < end, "{} never appears", path.display());
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
 }
 
 // ---- lifecycle -------------------------------------------------------------------------------------------------------------------

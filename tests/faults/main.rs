@@ -30,19 +30,15 @@ mod world;
 use std::{
     fs,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
-    path::{Path, PathBuf},
-    time::Duration,
+    path::PathBuf,
 };
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
 use support::{
-    pod::{BOUND, Bundle, Daemon, Io, Pod},
+    pod::{BOUND, Bundle, Daemon, FOREVER, Io, Pod, appears, options, shell, until},
     universe,
 };
-
-/// A program that does not end by itself.
-const FOREVER: [&str; 2] = ["sleep", "100000"];
 
 /// Runs a test, one at a time, and asserts that nothing is left behind.
 fn fault<F: AsyncFn(&mut Daemon, &Stub)>(test: F) {
@@ -182,23 +178,6 @@ impl Gate {
     }
 }
 
-/// Looks until there is something to see.
-async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let end = tokio::time::Instant::now() + BOUND;
-    loop {
-        if let Some(seen) = look() {
-            return seen;
-        }
-        assert!(tokio::time::Instant::now() < end, "never happened: {what}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-}
-
-/// Waits until a file is there.
-async fn appears(path: &Path) {
-    until(&path.display().to_string(), || path.exists().then_some(())).await;
-}
-
 /// A pod whose runtime is the stub, with its first bundle.
 async fn pod(daemon: &Daemon, stub: &Stub, args: &[&str]) -> (Pod, Bundle) {
     let bundle = daemon.bundle("a", args);
@@ -227,32 +206,6 @@ async fn it_works(pod: &Pod, bundle: &Bundle) {
     assert_eq!(pod.wait(&bundle.id, "").await.unwrap(), 0);
     assert_eq!(stdout.text().await, "fine\n");
     pod.delete(&bundle.id, "").await.unwrap();
-}
-
-/// Runtime options as CRI sends them for a runtime type that it does not know.
-fn options(toml: &str) -> Any {
-    #[derive(Clone, PartialEq, prost::Message)]
-    struct Options {
-        #[prost(string, tag = "1")]
-        type_url: String,
-        #[prost(string, tag = "2")]
-        config_path: String,
-        #[prost(bytes = "vec", tag = "3")]
-        config_body: Vec<u8>,
-    }
-    let message = Options {
-        config_body: toml.into(),
-        ..Options::default()
-    };
-    Any {
-        type_url: "runtimeoptions.v1.Options".into(),
-        value: prost::Message::encode_to_vec(&message),
-        ..Any::default()
-    }
-}
-
-fn shell(script: &str) -> [&str; 3] {
-    ["sh", "-c", script]
 }
 
 /// SIGKILL, SIGTERM, … to a process of the universe.

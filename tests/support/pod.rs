@@ -849,6 +849,53 @@ fn with_id<T: WithId>(id: &str) -> T {
     message
 }
 
+/// Runtime options as CRI sends them for a runtime type that it does not know.
+pub(crate) fn options(toml: &str) -> Any {
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Options {
+        #[prost(string, tag = "1")]
+        type_url: String,
+        #[prost(string, tag = "2")]
+        config_path: String,
+        #[prost(bytes = "vec", tag = "3")]
+        config_body: Vec<u8>,
+    }
+    let message = Options {
+        config_body: toml.into(),
+        ..Options::default()
+    };
+    Any {
+        type_url: "runtimeoptions.v1.Options".into(),
+        value: prost::Message::encode_to_vec(&message),
+        ..Any::default()
+    }
+}
+
+/// A program that does not end by itself.
+pub(crate) const FOREVER: [&str; 2] = ["sleep", "100000"];
+
+/// A shell with a script.
+pub(crate) fn shell(script: &str) -> [&str; 3] {
+    ["sh", "-c", script]
+}
+
+/// Looks until there is something to see.
+pub(crate) async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let end = tokio::time::Instant::now() + BOUND;
+    loop {
+        if let Some(seen) = look() {
+            return seen;
+        }
+        assert!(tokio::time::Instant::now() < end, "never happened: {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Waits until a file is there.
+pub(crate) async fn appears(path: &Path) {
+    until(&path.display().to_string(), || path.exists().then_some(())).await;
+}
+
 /// Whether the machine's cgroups, as the tests see them, are v2.
 pub(crate) fn cgroup_v2() -> bool {
     Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
