@@ -322,7 +322,19 @@ const UNSHARED: &[&str] = &[
     "-m",
     "sh",
     "-c",
-    "if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified || exit; fi; exec \"$0\" \"$@\"",
+    // A hybrid machine without its unified hierarchy. Not by unmounting that: crun makes its folders there all the same, and they
+    // would stay on the machine's tmpfs.
+    "if mountpoint -q /sys/fs/cgroup/unified; then
+        aside=$(mktemp -d) && mount --rbind /sys/fs/cgroup $aside && mount -t tmpfs none /sys/fs/cgroup || exit
+        for from in $aside/*; do
+            to=/sys/fs/cgroup/${from##*/}
+            if [ -L $from ]; then cp -d $from $to
+            elif [ $to != /sys/fs/cgroup/unified ]; then mkdir $to && mount --bind $from $to
+            fi || exit
+        done
+        umount -l $aside && rmdir $aside || exit
+    fi
+    exec \"$0\" \"$@\"",
 ];
 
 struct Node {
