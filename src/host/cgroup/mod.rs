@@ -195,6 +195,8 @@ impl Host {
             if mount.point == self.root {
                 on_root = Some(mount.fs_type == "cgroup2");
             }
+            // Hidden by what was mounted at the same place later.
+            mounts.retain(|former| former.point != mount.point);
             if matches!(mount.fs_type, "cgroup" | "cgroup2") {
                 mounts.push(mount);
             }

@@ -351,6 +351,20 @@ fn in_hybrid_mode_v1_speaks_and_hierarchies_not_joined_are_left_out() {
 }
 
 #[test]
+fn a_hierarchy_that_is_covered_by_a_later_mount_is_none() {
+    let root = tempfile::tempdir().unwrap();
+    // What runtimes leave in the folder that covers it looks like a cgroup.
+    made(root.path(), &["memory/c", "unified/c"]);
+    let covered = format!("{HYBRID}999 30 0:99 / /sys/fs/cgroup/unified rw - tmpfs none rw\n");
+    let host = host(root.path(), &covered, HYBRID_OWN);
+    let cgroup = host
+        .resolve("9:cpu,cpuacct:/\n8:memory:/c\n7:freezer:/\n1:name=systemd:/\n0::/c\n")
+        .unwrap();
+    let memory = root.path().join("memory/c");
+    assert_eq!(cgroup, Cgroup::V1(BTreeMap::from([("memory".into(), memory)])));
+}
+
+#[test]
 fn roots_our_own_cgroup_and_those_above_it_are_refused() {
     let root = tempfile::tempdir().unwrap();
     made(
