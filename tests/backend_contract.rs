@@ -949,6 +949,86 @@ fn a_checkpoint_works_or_says_what_is_missing() {
     });
 }
 
+/// Only what the shim does about it: the program says that it has CRIU, notes a checkpoint down, and runs anew what it shall restore.
+#[test]
+fn a_checkpoint_and_a_restore_are_asked_of_a_crun_that_has_criu() {
+    each_backend(async |daemon, backend| {
+        if backend != "crun" {
+            return;
+        }
+        let (mut pod, a) = pod(daemon, backend, &FOREVER).await;
+        let (program, asked) = (daemon.folder.join("crun"), daemon.folder.join("asked"));
+        let script = format!(
+            "#!/bin/sh
+            case \" $* \" in
+                *' --version '*) echo 'crun +CRIU'; exit;;
+                *' checkpoint '*) echo \"$*\" >{}; exit;;
+                *' restore '*) ;;
+                *) exec crun \"$@\";;
+            esac
+            left=$#
+            while [ $left -gt 0 ]; do
+                word=$1; shift; left=$((left - 1))
+                case $word in
+                    restore) set -- \"$@\" run;;
+                    --image-path) shift; left=$((left - 1));;
+                    --tcp-established|--ext-unix-sk|--file-locks) ;;
+                    *) set -- \"$@\" \"$word\";;
+                esac
+            done
+            exec crun \"$@\"\n",
+            asked.display()
+        );
+        fs::write(&program, script).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let images = daemon.folder.join("images");
+        fs::create_dir(&images).unwrap();
+        pod.options = Some(options(&format!(
+            "crun_binary = {program:?}\ncriu_image_path = \"{}/default\"",
+            images.display()
+        )));
+
+        pod.run(&a, &Io::none()).await;
+        for (path, folder) in [
+            (images.display().to_string(), images.clone()),
+            (String::new(), images.join("default")),
+        ] {
+            let request = api::CheckpointTaskRequest {
+                id: "a".into(),
+                path,
+                ..Default::default()
+            };
+            pod.call::<_, api::Empty>("Checkpoint", &request).await.unwrap();
+            let asked = fs::read_to_string(&asked).unwrap();
+            let wanted = format!("checkpoint --image-path {} --leave-running a\n", folder.display());
+            assert!(asked.ends_with(&wanted), "{asked}");
+        }
+        daemon.hears("checkpointed a").await;
+        pod.end("a").await;
+
+        let b = daemon.bundle("b", &shell("echo restored; read line; exit 6"));
+        let io = Io::fifos(&b.path, "init");
+        let (stdout, mut stdin) = (io.read_stdout(), io.open_stdin());
+        let mut request = pod.create_request(&b, &io);
+        request.checkpoint = images.display().to_string();
+        let created: api::CreateTaskResponse = pod.call("Create", &request).await.unwrap();
+        assert_eq!((created.pid, pod.status("b").await), (0, Status::CREATED));
+        let pid = pod.start_process("b", "").await.unwrap();
+        assert_eq!(
+            (pod.status("b").await, pod.pids("b").await.unwrap().contains_key(&pid)),
+            (Status::RUNNING, true)
+        );
+        stdin.write_all(b"go\n").unwrap();
+        assert_eq!(pod.wait("b", "").await.unwrap(), 6);
+        assert_eq!(stdout.text().await, "restored\n");
+        pod.delete("b", "").await.unwrap();
+        let told = daemon.hears("delete b 6").await;
+        let own: Vec<_> = told.iter().filter(|told| told.split(' ').nth(1) == Some("b")).collect();
+        assert_eq!(own, ["create b", "start b", "exit b 6", "delete b 6"]);
+        pod.shutdown().await;
+    });
+}
+
 // ---- the shim itself ---------------------------------------------------------------------------------------------------------------
 
 #[test]

@@ -115,7 +115,8 @@ fn checkpoint_options(path: String, options: Option<Any>) -> Result<CheckpointOp
             .map_err(|e| Error::invalid("cannot decode containerd.runc.v1.CheckpointOptions").with_source(e))?;
     }
     let image_path = if path.is_empty() { given.image_path } else { path };
-    if !image_path.starts_with('/') {
+    // None: the backend has its own place for images, by option criu_image_path, or refuses.
+    if !image_path.is_empty() && !image_path.starts_with('/') {
         return Err(Error::invalid(format!(
             "checkpoint path {image_path:?} is not absolute"
         )));
