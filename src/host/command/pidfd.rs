@@ -40,10 +40,13 @@ impl Pidfd {
         // SAFETY: pidfd_open takes two integers and returns a new descriptor or -1.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, number, 0) };
         if fd < 0 {
-            return Err(process_error(
-                io::Error::last_os_error(),
-                &format!("cannot open process {pid}"),
-            ));
+            let error = io::Error::last_os_error();
+            // A number that some thread still has but no process: that of a process which was reaped this very moment, or of a thread
+            // that leads none. Linux up to 6.14 says EINVAL, later ones ENOENT (kernel/fork.c, pidfd_prepare).
+            if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) {
+                return Err(Error::not_found("process already finished"));
+            }
+            return Err(process_error(error, &format!("cannot open process {pid}")));
         }
         // SAFETY: the call succeeded, so the descriptor is open and nobody else's; the kernel made it close-on-exec.
         Ok(Self::new(pid, unsafe { OwnedFd::from_raw_fd(fd as RawFd) }))

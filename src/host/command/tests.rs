@@ -192,6 +192,25 @@ fn a_group_and_a_session_are_led_by_the_child() {
 }
 
 #[test]
+fn a_number_that_only_a_thread_has_is_no_process() {
+    // What the kernel answers here is also its answer for a process that is being reaped at the same moment.
+    let (tell, told) = std::sync::mpsc::channel();
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    let thread = std::thread::spawn(move || {
+        // SAFETY: no arguments, cannot fail.
+        tell.send(unsafe { libc::gettid() }).unwrap();
+        let _ = ended.recv();
+    });
+    let error = Pidfd::open(told.recv().unwrap() as u32).unwrap_err();
+    assert_eq!(
+        (error.kind(), error.to_string().as_str()),
+        (Kind::NotFound, "process already finished")
+    );
+    drop(end);
+    thread.join().unwrap();
+}
+
+#[test]
 fn a_process_that_has_ended_takes_no_signals_even_before_it_is_reaped() {
     block_on(async {
         let reaper = Reaper::new();
