@@ -9,10 +9,10 @@ SHIM    := containerd-shim-proxmox-lxcri-v1
 EXAMPLES = $(PREFIX)/share/doc/proxmox-lxcri
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench install uninstall clean
+.PHONY: help build demo test test-node node-shell bench install uninstall clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 build: ## build the release of the shim
 	$(CARGO) build --release --bin $(SHIM)
@@ -22,6 +22,14 @@ demo: ## show a container through ctr and a pod through CRI (root; installs what
 
 test: ## run every test: unit, lifecycle, backends, a real containerd, CRI, faults (root; installs what is missing)
 	@tests/run
+
+test-node: ## run the suites in a Debian 13 with systemd, cgroup v2 and OpenZFS, in QEMU (root; installs what is missing)
+	@packaging/dependencies node
+	@tests/node/test
+
+node-shell: ## boot the same node and get a shell on it, with the shim installed
+	@packaging/dependencies node
+	@tests/node/shell
 
 bench: ## measure side by side with containerd-shim-runc-v2 (root); BENCH_ARGS are handed on
 	$(CARGO) build --release --bin $(SHIM)

@@ -17,7 +17,7 @@ use k8s_cri::v1::{
 use super::{
     image,
     node::{Node, until},
-    websocket,
+    universe, websocket,
 };
 
 /// The name of the handler (a RuntimeClass's) that selects the runtime under test.
@@ -45,7 +45,10 @@ impl Node {
                 ..DnsConfig::default()
             }),
             linux: Some(LinuxPodSandboxConfig {
-                cgroup_parent: format!("/{}", self.namespace),
+                cgroup_parent: match universe::by_systemd() {
+                    true => format!("{}.slice", self.namespace),
+                    false => format!("/{}", self.namespace),
+                },
                 security_context: Some(LinuxSandboxSecurityContext {
                     namespace_options: Some(namespaces(NamespaceMode::Container)),
                     ..LinuxSandboxSecurityContext::default()

@@ -59,7 +59,7 @@ fn stock(ignored: &[PathBuf]) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for process in processes() {
         // The daemon itself may be another one now: tests restart it.
-        if process.command.starts_with("containerd --config") {
+        if process.command.contains("containerd --config") {
             continue;
         }
         found.insert(format!("process {} {}", process.pid, process.command));
@@ -73,10 +73,52 @@ fn stock(ignored: &[PathBuf]) -> BTreeSet<String> {
     for cgroup in universe::cgroups_named(&universe::token()) {
         found.insert(format!("cgroup {}", cgroup.display()));
     }
+    let mut ignored = ignored.to_vec();
+    if universe::by_systemd() {
+        ignored.extend(SYSTEMDS.map(PathBuf::from));
+        // Scopes and slices that it made for containers.
+        files(Path::new("/run/systemd/transient"), &[], &mut found);
+        found.retain(|thing| !thing.ends_with(".service"));
+    }
     for folder in ["/run", "/var/lib/cni"] {
-        files(Path::new(folder), ignored, &mut found);
+        files(Path::new(folder), &ignored, &mut found);
     }
     found
+}
+
+/// What is in `/run` of a machine that systemd runs, and is not the tests'.
+const SYSTEMDS: [&str; 9] = [
+    "/run/systemd",
+    "/run/udev",
+    "/run/dbus",
+    "/run/log",
+    "/run/user",
+    "/run/credentials",
+    "/run/lock",
+    "/run/mount",
+    "/run/blkid",
+];
+
+/// Whether `path` is below what systemd has in `/run`.
+pub(crate) fn is_systemds(path: &Path) -> bool {
+    universe::by_systemd() && SYSTEMDS.iter().any(|folder| path.starts_with(folder))
+}
+
+/// Whether a process of a machine that systemd runs is none of the tests': the kernel's, systemd's own or another unit's.
+fn is_the_machines(pid: u32, parent: u32) -> bool {
+    let cgroup = read(format!("/proc/{pid}/cgroup"));
+    let of = |pid: &str| read(format!("/proc/{pid}/cgroup"));
+    let unit = |text: &str| {
+        let path = text.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/").to_string();
+        let mut parts = path.trim_start_matches('/').split('/');
+        match (parts.next(), parts.next()) {
+            (Some("system.slice"), Some(unit)) => Some(unit.to_string()),
+            (Some(unit @ ("init.scope" | "user.slice")), _) => Some(unit.to_string()),
+            _ => None,
+        }
+    };
+    let kernels = pid == 2 || parent == 2;
+    kernels || unit(&cgroup).is_some_and(|its| its != "containerd.service" && Some(its) != unit(&of("self")))
 }
 
 fn files(folder: &Path, ignored: &[PathBuf], found: &mut BTreeSet<String>) {
@@ -121,6 +163,9 @@ pub(crate) fn processes() -> Vec<Process> {
             continue;
         };
         let parent = tail.split_whitespace().nth(1).and_then(|p| p.parse().ok()).unwrap_or(0);
+        if universe::by_systemd() && is_the_machines(pid, parent) {
+            continue;
+        }
         let arguments = read(entry.path().join("cmdline")).replace('\0', " ");
         let command = if arguments.is_empty() {
             let state = tail.split_whitespace().next().unwrap_or_default();

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! universe   namespaces of the test process, entered before main; see there for what is private
-//! node       the daemon: configuration, start, crash, restart; ctr; the clients
+//! node       configuration, images, ctr, the clients
+//! daemon     containerd itself: start, crash, restart; as a child or as systemd's unit
 //! image      OCI images from busybox
 //! task       a container through containerd's API: fifos, create, start, exec, wait, delete
 //! events     what containerd says that happened
@@ -19,6 +20,8 @@
 //! - `LXCRI_TEST_RUNTIME=io.containerd.runc.v2` validates the suite on another runtime, with the OCI runtime `LXCRI_TEST_OCI` (crun or
 //!   runc); see [`node::Runtime`]. `make test` then lists what was not asked of it as skipped.
 //! - `LXCRI_TEST_SHIM`: our shim's program, instead of the one that Cargo built for the tests.
+//! - `LXCRI_TEST_SYSTEMD=1`: the machine is the tests' own and systemd runs it; see [`universe::by_systemd`].
+//! - `LXCRI_TEST_SNAPSHOTTER=zfs`: where root file systems come from, instead of overlayfs; zfs wants a pool named `lxcri`.
 //! - `LXCRI_SKIP_LOG`, `CI`: see [`skip::skip`].
 
 #![allow(dead_code, reason = "each test file uses another part of the harness")]
@@ -30,6 +33,7 @@
 )]
 
 pub(crate) mod cri;
+pub(crate) mod daemon;
 pub(crate) mod events;
 pub(crate) mod image;
 pub(crate) mod leaks;

@@ -3,9 +3,9 @@
 use std::{
     fs::{self, File},
     io::{Read, Write},
-    os::unix::process::{CommandExt, ExitStatusExt},
+    os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     sync::Mutex,
     time::{Duration, Instant},
 };
@@ -21,6 +21,7 @@ use containerd_client::{
 use prost_types::Any;
 
 use super::{
+    daemon::{Containerd, stop_unit},
     image::{self, Image},
     leaks::{self, Baseline},
     universe,
@@ -31,7 +32,7 @@ pub(crate) const RPC: Duration = Duration::from_secs(60);
 /// Bound of a wait for something that must happen.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 /// Everything of the node lives here: short, because a unix socket's path has at most 108 bytes.
-const FOLDER: &str = "/run/node";
+pub(crate) const FOLDER: &str = "/run/node";
 
 /// The runtime under test: ours, or another one that validates the suite.
 ///
@@ -96,10 +97,10 @@ pub(crate) struct RuncOptions {
     pub(crate) root: String,
 }
 
-/// The daemon's process and files. They live as long as the test process, or until a test fails.
+/// The daemon and its files. They live as long as the test process, or until a test fails.
 #[derive(Debug)]
 struct Daemon {
-    process: Child,
+    process: Containerd,
     images: Images,
 }
 
@@ -122,6 +123,8 @@ pub(crate) struct Node {
     pub(crate) namespace: String,
     /// What was imported.
     pub(crate) images: Images,
+    /// The snapshotter that root file systems come from.
+    pub(crate) snapshotter: String,
     channel: Channel,
     tolerated: Mutex<Vec<String>>,
 }
@@ -173,7 +176,7 @@ impl Node {
             None => {
                 let images = prepare(cri).unwrap_or_else(|e| panic!("cannot prepare {FOLDER}: {e}"));
                 *daemon() = Some(Daemon {
-                    process: spawn_containerd(),
+                    process: Containerd::start(),
                     images: images.clone(),
                 });
                 images
@@ -184,6 +187,7 @@ impl Node {
             runtime: Runtime::from_environment(),
             namespace: universe::token(),
             images,
+            snapshotter: snapshotter(),
             channel: connect().await,
             tolerated: Mutex::default(),
         };
@@ -259,16 +263,27 @@ impl Node {
     /// Kills containerd with SIGKILL, as a crash or an upgrade would, and waits for its end.
     pub(crate) fn kill_containerd(&self) {
         if let Some(daemon) = daemon().as_mut() {
-            daemon.process.kill().expect("kill containerd");
-            daemon.process.wait().expect("reap containerd");
+            daemon.process.kill();
         }
     }
 
     /// Starts containerd again, on the same state, and waits until it answers.
     pub(crate) async fn start_containerd(&self) {
         if let Some(daemon) = daemon().as_mut() {
-            daemon.process = spawn_containerd();
+            daemon.process = Containerd::start();
         }
+        self.reconnect().await;
+    }
+
+    /// Restarts containerd as an upgrade does (`systemctl restart`, where it is a unit), and waits until it answers.
+    pub(crate) async fn restart_containerd(&self) {
+        if let Some(daemon) = daemon().as_mut() {
+            daemon.process.restart();
+        }
+        self.reconnect().await;
+    }
+
+    async fn reconnect(&self) {
         drop(connect().await);
         // The test's own channel notices the loss with its next request, which may fail for that reason.
         until("the channel works again", async || {
@@ -403,6 +418,7 @@ impl Finished {
 fn ctr(namespace: &str, arguments: &[&str]) -> Command {
     let mut command = Command::new("ctr");
     command
+        .env("CONTAINERD_SNAPSHOTTER", snapshotter())
         .arg("--address")
         .arg(socket())
         .args(["--namespace", namespace])
@@ -467,6 +483,12 @@ fn daemon() -> std::sync::MutexGuard<'static, Option<Daemon>> {
     DAEMON.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
+/// overlayfs, or the one that `LXCRI_TEST_SNAPSHOTTER` names. zfs works on a dataset of the pool `lxcri`, which has to be there.
+fn snapshotter() -> String {
+    let named = std::env::var("LXCRI_TEST_SNAPSHOTTER").ok();
+    named.filter(|name| !name.is_empty()).unwrap_or_else(|| "overlayfs".into())
+}
+
 fn socket() -> PathBuf {
     Path::new(FOLDER).join("c.sock")
 }
@@ -484,6 +506,7 @@ fn not_ours() -> Vec<PathBuf> {
         "io.containerd.metadata.v1.bolt",
         "io.containerd.snapshotter.v1.overlayfs",
         "io.containerd.snapshotter.v1.native",
+        "io.containerd.snapshotter.v1.zfs",
     ] {
         folders.push(root.join(name));
     }
@@ -495,6 +518,16 @@ fn prepare(cri: bool) -> std::io::Result<Images> {
     // Panics with the reason when there is no private /run.
     universe::token();
     let folder = Path::new(FOLDER);
+    if universe::by_systemd() {
+        // What the test process before this one used.
+        tear_down();
+    }
+    if snapshotter() == "zfs" {
+        let mountpoint = folder.join("root/io.containerd.snapshotter.v1.zfs");
+        fs::create_dir_all(&mountpoint)?;
+        let mountpoint = mountpoint.display();
+        zfs(&["create", "-o", &format!("mountpoint={mountpoint}"), DATASET]);
+    }
     for name in ["bin", "tmp", "images", "cni", "work"] {
         fs::create_dir_all(folder.join(name))?;
     }
@@ -521,6 +554,16 @@ fn prepare(cri: bool) -> std::io::Result<Images> {
     })
 }
 
+/// What the zfs snapshotter works on; made anew with each node, in a pool that has to be there.
+const DATASET: &str = "lxcri/containerd";
+
+fn zfs(arguments: &[&str]) {
+    let output = Command::new("zfs").args(arguments).output();
+    let output = output.unwrap_or_else(|e| panic!("LXCRI_TEST_SNAPSHOTTER=zfs, but zfs does not run: {e}"));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "zfs {arguments:?}: {stderr}");
+}
+
 /// Our shim: the one that `LXCRI_TEST_SHIM` names, or the one that Cargo built for the tests.
 pub(crate) fn our_shim() -> Option<PathBuf> {
     let named = std::env::var_os("LXCRI_TEST_SHIM").map(PathBuf::from);
@@ -541,13 +584,23 @@ fn configuration(cri: bool, runtime: &Runtime) -> String {
         .into_iter()
         .find(|folder| Path::new(folder).join("bridge").exists());
     let plugins = plugins.unwrap_or("/usr/lib/cni");
+    // Lowering a score needs CAP_SYS_RESOURCE, which not every test machine grants.
+    let restrict = !holds_capability(24);
+    let apparmor = fs::read_to_string("/sys/module/apparmor/parameters/enabled").unwrap_or_default();
+    let no_apparmor = apparmor.trim() != "Y";
+    let systemd = format!("SystemdCgroup = {}", universe::by_systemd());
+    let snapshotter = snapshotter();
+    let others = match snapshotter.as_str() {
+        "zfs" => "",
+        _ => "\"io.containerd.snapshotter.v1.zfs\", ",
+    };
     format!(
         r#"version = 2
 root = "{FOLDER}/root"
 state = "{FOLDER}/state"
 temp = "{FOLDER}/tmp"
 disabled_plugins = [{disabled}"io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
-    "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs", "io.containerd.tracing.processor.v1.otlp"]
+    "io.containerd.snapshotter.v1.devmapper", {others}"io.containerd.tracing.processor.v1.otlp"]
 [grpc]
 address = "{FOLDER}/c.sock"
 [debug]
@@ -556,10 +609,9 @@ level = "debug"
 path = "{FOLDER}/opt"
 [plugins."io.containerd.grpc.v1.cri"]
 sandbox_image = "{pause}"
-# Lowering a score needs CAP_SYS_RESOURCE, which not every test machine grants.
-restrict_oom_score_adj = true
+restrict_oom_score_adj = {restrict}
 netns_mounts_under_state_dir = true
-disable_apparmor = true
+disable_apparmor = {no_apparmor}
 stream_server_address = "127.0.0.1"
 stream_server_port = "0"
 [plugins."io.containerd.grpc.v1.cri".cni]
@@ -567,10 +619,11 @@ bin_dir = "{plugins}"
 conf_dir = "{FOLDER}/cni"
 [plugins."io.containerd.grpc.v1.cri".containerd]
 default_runtime_name = "lxcri"
-snapshotter = "overlayfs"
+snapshotter = "{snapshotter}"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.lxcri]
 runtime_type = "{name}"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.lxcri.options]
+{systemd}
 {binary}
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"
@@ -578,32 +631,19 @@ runtime_type = "io.containerd.runc.v2"
     )
 }
 
-fn spawn_containerd() -> Child {
-    let log = File::options()
-        .create(true)
-        .append(true)
-        .open(log())
-        .expect("containerd's log");
-    let mut path = std::ffi::OsString::from(format!("{FOLDER}/bin:"));
-    path.push(std::env::var_os("PATH").unwrap_or_default());
-    path.push(":/usr/sbin:/sbin");
-    Command::new("containerd")
-        .args(["--config", &format!("{FOLDER}/config.toml")])
-        .env("PATH", path)
-        .env("TMPDIR", format!("{FOLDER}/tmp"))
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().expect("a descriptor"))
-        .stderr(log)
-        .process_group(0)
-        .spawn()
-        .unwrap_or_else(|e| panic!("cannot run containerd: {e}; packaging/dependencies installs it"))
+/// Whether this process has the capability of that number.
+fn holds_capability(number: u32) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let set = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let set = u64::from_str_radix(set.unwrap_or_default().trim(), 16).unwrap_or_default();
+    set & (1 << number) != 0
 }
 
 /// A connection to a containerd that answers.
 async fn connect() -> Channel {
     until("containerd answers", async || {
         if let Some(daemon) = daemon().as_mut()
-            && let Ok(Some(status)) = daemon.process.try_wait()
+            && let Some(status) = daemon.process.ended()
         {
             panic!("containerd ended: {status}");
         }
@@ -632,9 +672,12 @@ fn keep_log(test: &str) {
 
 /// Kills everything in the universe but its init and the tests, and forgets the node.
 fn tear_down() {
+    if universe::by_systemd() {
+        stop_unit();
+    }
     let end = Instant::now() + SOON;
     loop {
-        for cgroup in universe::cgroups_named(&universe::token()) {
+        for cgroup in universe::cgroups_named("lx") {
             // A frozen process does not die.
             for (file, thawed) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
                 let file = File::options().write(true).open(cgroup.join(file));
@@ -644,11 +687,12 @@ fn tear_down() {
         let mut left = leaks::processes();
         left.retain(|process| process.pid != 1 && process.pid != std::process::id());
         for process in &left {
-            // SAFETY: every process of the private pid namespace was started by the tests.
+            // SAFETY: every process of the private pid namespace was started by the tests; so was what a machine of the tests' own has
+            // besides its units.
             unsafe { libc::kill(process.pid as i32, libc::SIGKILL) };
         }
         if let Some(daemon) = daemon().as_mut() {
-            let _ = daemon.process.try_wait();
+            let _ = daemon.process.ended();
         }
         if left.iter().all(|process| process.command.ends_with(" Z]")) || Instant::now() > end {
             break;
@@ -656,19 +700,25 @@ fn tear_down() {
         std::thread::sleep(Duration::from_millis(10));
     }
     *daemon() = None;
-    for cgroup in universe::cgroups_named(&universe::token()) {
+    for cgroup in universe::cgroups_named("lx") {
         let _ = fs::remove_dir(cgroup);
     }
     // Mounts first: what they hold is not the node's to remove.
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let mut targets: Vec<&str> = mounts.lines().filter_map(|line| line.split(' ').nth(4)).collect();
-    targets.retain(|target| target.starts_with("/run/"));
+    targets.retain(|target| target.starts_with("/run/") && !leaks::is_systemds(Path::new(target)));
     for target in targets.iter().rev() {
         let target = std::ffi::CString::new(*target).unwrap_or_default();
-        // SAFETY: a valid C string; the mount is in the private namespace.
+        // SAFETY: a valid C string; the mount is in the private namespace, or one of the tests' own machine.
         unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
     }
+    if snapshotter() == "zfs" {
+        // It may not be there yet.
+        let _ = Command::new("zfs").args(["destroy", "-R", DATASET]).output();
+    }
     for entry in fs::read_dir("/run").into_iter().flatten().flatten() {
-        let _ = fs::remove_dir_all(entry.path()).or_else(|_| fs::remove_file(entry.path()));
+        if !leaks::is_systemds(&entry.path()) {
+            let _ = fs::remove_dir_all(entry.path()).or_else(|_| fs::remove_file(entry.path()));
+        }
     }
 }

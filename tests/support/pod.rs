@@ -216,6 +216,12 @@ impl Daemon {
 
 /// The folders above the containers' cgroups: a runtime makes them, and they are nobody's to remove.
 fn parent_cgroups() {
+    if universe::by_systemd() {
+        let slice = format!("{}.slice", universe::token());
+        let started = Command::new("systemctl").args(["start", &slice]).status();
+        assert!(started.unwrap().success(), "systemctl start {slice}");
+        return;
+    }
     let folders: Vec<PathBuf> = match cgroup_v2() {
         true => vec!["/sys/fs/cgroup".into()],
         false => fs::read_dir("/sys/fs/cgroup")
@@ -285,7 +291,10 @@ fn spec(id: &str, args: &[&str]) -> Value {
             {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "noexec", "nodev"]},
         ],
         "linux": {
-            "cgroupsPath": format!("/{}/{id}", universe::token()),
+            "cgroupsPath": match universe::by_systemd() {
+                true => format!("{}.slice:lxcri:{id}", universe::token()),
+                false => format!("/{}/{id}", universe::token()),
+            },
             "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}],
             "resources": {"devices": [{"allow": false, "access": "rwm"}]},
         },

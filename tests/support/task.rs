@@ -128,7 +128,7 @@ impl<'n> Builder<'n> {
                     type_url: SPEC_TYPE.into(),
                     value: self.spec.to_string().into_bytes(),
                 }),
-                snapshotter: "overlayfs".into(),
+                snapshotter: node.snapshotter.clone(),
                 snapshot_key: self.id.clone(),
                 ..Container::default()
             }),
@@ -189,7 +189,7 @@ impl<'n> Builder<'n> {
 impl Node {
     async fn prepare(&self, key: &str, parent: &str) -> Result<Vec<Mount>, Status> {
         let request = PrepareSnapshotRequest {
-            snapshotter: "overlayfs".into(),
+            snapshotter: self.snapshotter.clone(),
             key: key.into(),
             parent: parent.into(),
             ..PrepareSnapshotRequest::default()
@@ -228,7 +228,7 @@ impl Node {
     /// Removes a container's entry and snapshot, whatever is there of them.
     pub(crate) async fn forget(&self, id: &str) {
         let request = RemoveSnapshotRequest {
-            snapshotter: "overlayfs".into(),
+            snapshotter: self.snapshotter.clone(),
             key: id.into(),
         };
         let _ = self.snapshots().remove(self.request(request)).await;

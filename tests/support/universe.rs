@@ -11,6 +11,10 @@
 //!   whatever signal, the kernel ends the rest;
 //! - **network**: bridges and addresses of CNI never meet the machine's.
 //!
+//! On a machine that is the tests' own and that systemd runs (the node of `make test-node`, with `LXCRI_TEST_SYSTEMD=1`) the machine
+//! is the universe, and nothing is entered: systemd manages processes by their numbers in its own namespace, and is asked over its
+//! socket in `/run`. See [`by_systemd`].
+//!
 //! Three processes: the outermost waits and removes cgroups that a crashed test left; pid 1 of the new pid namespace reaps orphans
 //! as an init does; pid 2 runs the tests. To look inside while a test runs: `nsenter -t <pid of the deepest one> -m -p -n`.
 
@@ -42,6 +46,11 @@ pub(crate) fn token() -> String {
     std::env::var(TOKEN).expect("no universe was entered")
 }
 
+/// Whether the machine itself is the universe, and systemd runs it: containerd is a unit, and CRI's cgroups are systemd's.
+pub(crate) fn by_systemd() -> bool {
+    std::env::var_os("LXCRI_TEST_SYSTEMD").is_some_and(|value| value == "1")
+}
+
 extern "C" fn enter() {
     // A program that a test started from its own executable is in the universe already.
     if std::env::var_os(TOKEN).is_some() {
@@ -50,6 +59,9 @@ extern "C" fn enter() {
     // SAFETY: no other thread exists that could read the environment.
     unsafe {
         std::env::set_var(TOKEN, format!("lx{}x", libc::getpid()));
+    }
+    if by_systemd() {
+        return;
     }
     if let Err(reason) = leave_the_machine() {
         // SAFETY: as above.
