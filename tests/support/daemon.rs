@@ -90,7 +90,9 @@ pub(crate) fn stop_unit() {
 
 fn active() -> bool {
     let state = Command::new("systemctl").args(["is-active", UNIT]).output();
-    let state = String::from_utf8_lossy(&state.expect("systemctl").stdout).trim().to_string();
+    let state = String::from_utf8_lossy(&state.expect("systemctl").stdout)
+        .trim()
+        .to_string();
     !["inactive", "failed", "unknown"].contains(&state.as_str())
 }
 

@@ -109,7 +109,11 @@ fn is_the_machines(pid: u32, parent: u32) -> bool {
     let cgroup = read(format!("/proc/{pid}/cgroup"));
     let of = |pid: &str| read(format!("/proc/{pid}/cgroup"));
     let unit = |text: &str| {
-        let path = text.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/").to_string();
+        let path = text
+            .lines()
+            .find_map(|line| line.strip_prefix("0::"))
+            .unwrap_or("/")
+            .to_string();
         let mut parts = path.trim_start_matches('/').split('/');
         match (parts.next(), parts.next()) {
             (Some("system.slice"), Some(unit)) => Some(unit.to_string()),

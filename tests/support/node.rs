@@ -486,7 +486,9 @@ fn daemon() -> std::sync::MutexGuard<'static, Option<Daemon>> {
 /// overlayfs, or the one that `LXCRI_TEST_SNAPSHOTTER` names. zfs works on a dataset of the pool `lxcri`, which has to be there.
 fn snapshotter() -> String {
     let named = std::env::var("LXCRI_TEST_SNAPSHOTTER").ok();
-    named.filter(|name| !name.is_empty()).unwrap_or_else(|| "overlayfs".into())
+    named
+        .filter(|name| !name.is_empty())
+        .unwrap_or_else(|| "overlayfs".into())
 }
 
 fn socket() -> PathBuf {
