@@ -66,6 +66,11 @@ fn every_kind_of_leftover_is_named() {
     let cgroup = Path::new(cgroup.expect("a cgroup hierarchy")).join(universe::token());
     fs::create_dir(&cgroup).unwrap();
     let mut process = Command::new("sleep").arg("1000").spawn().unwrap();
+    // A program that has only just been executed has no arguments in /proc yet.
+    let arguments = format!("/proc/{}/cmdline", process.id());
+    while fs::read(&arguments).unwrap().is_empty() {
+        std::thread::yield_now();
+    }
 
     let left = before.leftovers();
     for expected in [
