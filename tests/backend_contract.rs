@@ -32,7 +32,10 @@ use containerd_shim_protos::{
 };
 use serde_json::json;
 use support::{
-    pod::{BOUND, Bundle, Daemon, FOREVER, Io, Pod, Reading, Start, appears, mount, options, process, refused, shell},
+    pod::{
+        BOUND, Bundle, Daemon, FOREVER, Io, Pod, Reading, Start, WHOLE, appears, mount, options, process, refused,
+        shell,
+    },
     universe,
 };
 
@@ -44,19 +47,24 @@ fn each_backend<F: AsyncFn(&mut Daemon, &str)>(test: F) {
     universe::token();
     static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let chosen = std::env::var("LXCRI_TEST_BACKEND").ok();
-    for backend in BACKENDS
-        .iter()
-        .filter(|backend| chosen.as_deref().is_none_or(|one| one == **backend))
-    {
+    let chosen = std::env::var("LXCRI_TEST_BACKEND").ok().filter(|name| !name.is_empty());
+    let chosen: Vec<&str> = match &chosen {
+        Some(one) => vec![one],
+        None => BACKENDS.to_vec(),
+    };
+    assert!(
+        chosen.iter().all(|one| BACKENDS.contains(one)),
+        "LXCRI_TEST_BACKEND={chosen:?}: the backends are {BACKENDS:?}"
+    );
+    for backend in chosen {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .unwrap();
         runtime.block_on(async {
             let mut daemon = Daemon::new().await;
-            let ended = tokio::time::timeout(BOUND * 2, test(&mut daemon, backend)).await;
-            assert!(ended.is_ok(), "backend {backend}: not done after {:?}", BOUND * 2);
+            let ended = tokio::time::timeout(WHOLE, test(&mut daemon, backend)).await;
+            assert!(ended.is_ok(), "backend {backend}: not done after {WHOLE:?}");
             daemon.ends().await;
         });
     }

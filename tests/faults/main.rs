@@ -36,7 +36,7 @@ use std::{
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
 use support::{
-    pod::{BOUND, Bundle, Daemon, FOREVER, Io, Pod, appears, options, shell, until},
+    pod::{Bundle, Daemon, FOREVER, Io, Pod, WHOLE, appears, options, shell, until},
     universe,
 };
 
@@ -52,8 +52,8 @@ fn fault<F: AsyncFn(&mut Daemon, &Stub)>(test: F) {
     runtime.block_on(async {
         let mut daemon = Daemon::new().await;
         let stub = Stub::new(&daemon);
-        let ended = tokio::time::timeout(BOUND * 2, test(&mut daemon, &stub)).await;
-        assert!(ended.is_ok(), "not done after {:?}", BOUND * 2);
+        let ended = tokio::time::timeout(WHOLE, test(&mut daemon, &stub)).await;
+        assert!(ended.is_ok(), "not done after {WHOLE:?}");
         daemon.ends().await;
     });
 }
