@@ -377,6 +377,64 @@ fn containerd_dies_and_its_pods_do_not() {
 }
 
 #[test]
+fn pods_run_on_through_a_restart_of_containerd() {
+    cri_node(async |node| {
+        let pod = node.pod("upgrade").await;
+        let main = pod
+            .sh("main", "echo up; trap 'exit 4' TERM; while :; do sleep 0.01; done")
+            .await;
+        main.logs("up").await;
+        let before = node.shims();
+        node.restart_containerd().await;
+        until("CRI has recovered", async || {
+            let request = node.request(k8s_cri::v1::VersionRequest::default());
+            node.cri().version(request).await.ok().map(drop)
+        })
+        .await;
+        assert!(pod.is_ready().await);
+        assert_eq!(main.status().await.state(), ContainerState::ContainerRunning);
+        assert_eq!(main.ask("echo still here").await, "still here\n");
+        main.stop(30).await;
+        assert_eq!(main.exited().await.exit_code, 4);
+        assert_eq!(node.shims(), before, "the pod's shim is the same");
+        pod.remove().await;
+    });
+}
+
+#[test]
+fn the_cgroups_are_the_drivers() {
+    cri_node(async |node| {
+        let pod = node.pod("cgroups").await;
+        let main = pod.sh("main", "exec sleep 1000").await;
+        let found = support::universe::cgroups_named(&main.id);
+        assert!(!found.is_empty());
+        let (scope, name) = match support::universe::by_systemd() {
+            true => {
+                let scope = format!("cri-containerd-{}.scope", main.id);
+                (Some(scope.clone()), format!("{}.slice/{scope}", node.namespace))
+            }
+            false => (None, format!("{}/{}", node.namespace, main.id)),
+        };
+        for cgroup in &found {
+            assert!(cgroup.ends_with(&name), "{found:?}");
+        }
+        let active = |scope: &str| {
+            let output = std::process::Command::new("systemctl")
+                .args(["is-active", scope])
+                .output();
+            String::from_utf8(output.unwrap().stdout).unwrap()
+        };
+        if let Some(scope) = &scope {
+            assert_eq!(active(scope), "active\n");
+        }
+        pod.remove().await;
+        if let Some(scope) = &scope {
+            assert_eq!(active(scope), "inactive\n");
+        }
+    });
+}
+
+#[test]
 fn a_pod_whose_shim_was_killed_is_not_ready_and_can_be_removed() {
     cri_node(async |node| {
         node.others_may_leave("socket /run/containerd/s/");

@@ -90,6 +90,29 @@ fn containerd_dies_and_finds_its_containers_again() {
     });
 }
 
+#[test]
+fn containers_run_on_through_a_restart_of_containerd() {
+    node(async |node| {
+        let talker = node
+            .sh("talker", "while read line; do echo got $line; done; exit 5")
+            .stdin()
+            .start()
+            .await;
+        let mut stdin = talker.io.stdin().await;
+        let shims = node.shims();
+        node.restart_containerd().await;
+        assert_eq!(talker.status().await, "RUNNING");
+        assert_eq!(node.shims(), shims);
+        stdin.write(b"after\n").await;
+        talker.io.stdout.until("got after\n").await;
+        assert_eq!(talker.ask("ask", "echo still here").await, "still here\n");
+        talker.close_stdin("").await.unwrap();
+        drop(stdin);
+        assert_eq!(talker.wait().await.status, 5);
+        talker.finish().await;
+    });
+}
+
 /// The number of exit events in a piece of the daemon's log.
 fn exits_forwarded(log: &str) -> usize {
     log.lines()

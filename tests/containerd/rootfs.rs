@@ -24,6 +24,33 @@ fn a_read_only_rootfs_is_read_only() {
 }
 
 #[test]
+fn the_rootfs_is_what_the_snapshotter_gave_and_goes_with_it() {
+    node(async |node| {
+        let task = node
+            .sh(
+                "ground",
+                "touch /written; grep ' / ' /proc/mounts | cut -d ' ' -f 3; exec sleep 1000",
+            )
+            .start()
+            .await;
+        let kind = match node.snapshotter.as_str() {
+            "zfs" => "zfs\n",
+            _ => "overlay\n",
+        };
+        task.io.stdout.until(kind).await;
+        assert_eq!(task.io.stdout.so_far(), kind);
+        let before = node.datasets();
+        task.end().await;
+        if node.snapshotter == "zfs" {
+            until("the container's dataset is gone", async || {
+                (node.datasets().len() == before.len() - 1).then_some(())
+            })
+            .await;
+        }
+    });
+}
+
+#[test]
 fn an_image_of_more_than_a_hundred_layers_is_mounted_whole() {
     node(async |node| {
         let folder = node.folder("layers");

@@ -368,6 +368,15 @@ impl Node {
         assert!(accepted, "not {code:?}: {error:?}");
     }
 
+    /// The datasets of the zfs snapshotter, snapshots not counted; none with another one.
+    pub(crate) fn datasets(&self) -> Vec<String> {
+        if self.snapshotter != "zfs" {
+            return Vec::new();
+        }
+        let listed = zfs(&["list", "-H", "-o", "name", "-r", DATASET]);
+        listed.lines().map(str::to_string).collect()
+    }
+
     /// The shims of the runtime under test.
     pub(crate) fn shims(&self) -> Vec<leaks::Process> {
         leaks::shims(&self.runtime.name)
@@ -559,11 +568,12 @@ fn prepare(cri: bool) -> std::io::Result<Images> {
 /// What the zfs snapshotter works on; made anew with each node, in a pool that has to be there.
 const DATASET: &str = "lxcri/containerd";
 
-fn zfs(arguments: &[&str]) {
+fn zfs(arguments: &[&str]) -> String {
     let output = Command::new("zfs").args(arguments).output();
     let output = output.unwrap_or_else(|e| panic!("LXCRI_TEST_SNAPSHOTTER=zfs, but zfs does not run: {e}"));
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "zfs {arguments:?}: {stderr}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 /// Our shim: the one that `LXCRI_TEST_SHIM` names, or the one that Cargo built for the tests.

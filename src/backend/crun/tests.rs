@@ -354,7 +354,12 @@ fn with_node(name: &str, args: &[&str], body: impl for<'a> FnOnce(&'a mut Node) 
     rec.id = format!("crun-test-{name}-{}", process::id());
     let bin = rec.bundle.join("rootfs/bin");
     fs::create_dir_all(&bin).unwrap();
-    let busybox = process::Command::new("busybox")
+    // Its applets are hard links, which have to be on the file system of the program that makes them.
+    let path = std::env::var_os("PATH").unwrap();
+    let mut programs = std::env::split_paths(&path).map(|folder| folder.join("busybox"));
+    let program = programs.find(|path| path.is_file()).expect("busybox-static is needed");
+    fs::copy(program, bin.join("busybox")).unwrap();
+    let busybox = process::Command::new(bin.join("busybox"))
         .arg("--install")
         .arg(&bin)
         .status()
