@@ -829,24 +829,20 @@ fn a_qemu_that_ends_early_is_a_failure_of_the_node_with_its_words_or_the_console
 #[test]
 fn a_node_that_hangs_is_given_up() {
     let scripts = Scripts::new();
-    let hang = |how, status| {
+    let hang = |how| {
         let mut command = scripts.script("run", &["--timeout", "1", "--", "sh", "-c", "echo said; exit 3"]);
-        let said = scripts
-            .start(command.env("FAKE", how).env("LXCRI_NODE_BOOT_TIMEOUT", "1"))
-            .end();
-        said.assert_ends(status);
-        scripts.assert_clean();
-        said
+        scripts.start(command.env("FAKE", how).env("LXCRI_NODE_BOOT_TIMEOUT", "1"))
     };
-    let said = hang("hangs-in-boot", 125);
-    said.assert_fails(&["did not boot in 1 s", "LXCRI_NODE_BOOT_TIMEOUT"]);
-    assert_console_kept(&said, &scripts.path("checkout/target/node"));
-    let said = hang("hangs-in-command", 125);
-    said.assert_fails(&["the node hangs", "console"]);
-    assert_console_kept(&said, &scripts.path("checkout/target/node"));
+    let runs = ["hangs-in-boot", "hangs-in-command", "hangs-in-power-off"].map(hang);
+    let [boot, command, power_off] = runs.map(Running::end);
+    boot.assert_fails(&["did not boot in 1 s", "LXCRI_NODE_BOOT_TIMEOUT"]);
+    assert_console_kept(&boot, &scripts.path("checkout/target/node"));
+    command.assert_fails(&["the node hangs", "console"]);
+    assert_console_kept(&command, &scripts.path("checkout/target/node"));
     // Its command is done, so its status counts.
-    let said = hang("hangs-in-power-off", 3);
-    assert_eq!(said.out, "said\n");
+    power_off.assert_ends(3);
+    assert_eq!(power_off.out, "said\n");
+    scripts.assert_clean();
 }
 
 #[test]
