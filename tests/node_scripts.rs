@@ -183,11 +183,20 @@ impl Scripts {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         // Not on the tmpfs, which some tests fill.
         let (out, err) = (format!("/run/{number}.out"), format!("/run/{number}.err"));
-        let child = command
+        command
             .stdout(fs::File::create(&out).unwrap())
-            .stderr(fs::File::create(&err).unwrap())
-            .spawn()
-            .unwrap();
+            .stderr(fs::File::create(&err).unwrap());
+        // Who started the tests in the background or by nohup ignores these, and a shell cannot trap what was ignored before it.
+        // SAFETY: signal is async-signal-safe.
+        unsafe {
+            command.pre_exec(|| {
+                for signal in [libc::SIGINT, libc::SIGHUP, libc::SIGTERM] {
+                    libc::signal(signal, libc::SIG_DFL);
+                }
+                Ok(())
+            });
+        }
+        let child = command.spawn().unwrap();
         Running {
             child,
             out: out.into(),

@@ -106,23 +106,26 @@ pub(crate) fn is_systemds(path: &Path) -> bool {
 
 /// Whether a process of a machine that systemd runs is none of the tests': the kernel's, systemd's own or another unit's.
 fn is_the_machines(pid: u32, parent: u32) -> bool {
-    let cgroup = read(format!("/proc/{pid}/cgroup"));
-    let of = |pid: &str| read(format!("/proc/{pid}/cgroup"));
-    let unit = |text: &str| {
-        let path = text
-            .lines()
-            .find_map(|line| line.strip_prefix("0::"))
-            .unwrap_or("/")
-            .to_string();
-        let mut parts = path.trim_start_matches('/').split('/');
-        match (parts.next(), parts.next()) {
-            (Some("system.slice"), Some(unit)) => Some(unit.to_string()),
-            (Some(unit @ ("init.scope" | "user.slice")), _) => Some(unit.to_string()),
-            _ => None,
-        }
-    };
-    let kernels = pid == 2 || parent == 2;
-    kernels || unit(&cgroup).is_some_and(|its| its != "containerd.service" && Some(its) != unit(&of("self")))
+    // Asked of every process, time and again.
+    static OWN: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
+    if pid == 2 || parent == 2 {
+        return true;
+    }
+    let own = OWN.get_or_init(|| unit_of("self"));
+    let unit = unit_of(&pid.to_string());
+    unit.is_some_and(|unit| unit != "containerd.service" && Some(&unit) != own.as_ref())
+}
+
+/// The unit of systemd that a process belongs to; `None` for what is in a slice of its own, as pods are.
+fn unit_of(pid: &str) -> Option<String> {
+    let text = read(format!("/proc/{pid}/cgroup"));
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let mut parts = path.trim_start_matches('/').split('/');
+    match (parts.next(), parts.next()) {
+        (Some("system.slice"), Some(unit)) => Some(unit.into()),
+        (Some(unit @ ("init.scope" | "user.slice")), _) => Some(unit.into()),
+        _ => None,
+    }
 }
 
 fn files(folder: &Path, ignored: &[PathBuf], found: &mut BTreeSet<String>) {
