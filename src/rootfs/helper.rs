@@ -27,7 +27,7 @@ pub(super) fn program(kind: &str) -> Option<(&'static str, &str)> {
     fuse.or_else(|| kind.strip_prefix("fuse3.").map(|subtype| ("mount.fuse3", subtype)))
 }
 
-/// Mounts by a helper program.
+/// Mounts by a helper program. Answers `before` and what it has made, or undoes both.
 ///
 /// The work goes on when the future is dropped: a program that is killed in the middle of a mount leaves nobody who knows whether there
 /// is one. What it made is undone then.
@@ -36,11 +36,22 @@ pub(super) async fn attach(
     (program, subtype): (&'static str, &str),
     mount: &Mount,
     rootfs: &Path,
+    mut before: Undo,
 ) -> Result<Undo> {
     let (reaper, subtype, mount, rootfs) = (reaper.clone(), subtype.to_owned(), mount.clone(), rootfs.to_path_buf());
     let (done, result) = oneshot::channel();
     tokio::spawn(async move {
-        let _ = done.send(run(&reaper, program, &subtype, mount, &rootfs).await);
+        let made = match run(&reaper, program, &subtype, mount, &rootfs).await {
+            Ok(made) => {
+                before.add(made);
+                Ok(before)
+            }
+            Err(e) => {
+                before.now().await;
+                Err(e)
+            }
+        };
+        let _ = done.send(made);
     });
     result
         .await

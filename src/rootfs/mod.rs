@@ -97,30 +97,27 @@ async fn prepare_by(reaper: &Reaper, mounts: &[Mount], rootfs: &Path, api: Overl
     mount::check_rootfs(rootfs)?;
     let parse = |mount: &Mount| Options::parse(&mount.options).context(|| what(mount, rootfs));
     let options = mounts.iter().map(parse).collect::<Result<Vec<_>>>()?;
-    let mut undo = Undo::default();
     let all = async {
+        let mut undo = Undo::default();
         for (mount, options) in mounts.iter().zip(options) {
+            // Who mounts holds what was mounted before. Undone by somebody else meanwhile, the new mount could come to lie on one that
+            // is just being unmounted, be unmounted in its stead, and leave it behind.
             let made = match helper::program(&mount.kind) {
-                Some(program) => helper::attach(reaper, program, mount, rootfs).await,
-                None => attach(mount.clone(), options, rootfs.to_path_buf(), api).await,
+                Some(program) => helper::attach(reaper, program, mount, rootfs, undo).await,
+                None => attach(mount.clone(), options, rootfs.to_path_buf(), api, undo).await,
             };
-            undo.add(made.map_err(|e| without_secrets(e, mount).context(what(mount, rootfs)))?);
+            undo = made.map_err(|e| without_secrets(e, mount).context(what(mount, rootfs)))?;
         }
-        Ok(())
+        Ok(undo)
     };
-    let result = match tokio::time::timeout(PREPARE_TIMEOUT, all).await {
-        Ok(result) => result,
+    match tokio::time::timeout(PREPARE_TIMEOUT, all).await {
+        Ok(made) => made.map(Undo::keep),
         Err(_) => Err(Error::deadline(format!(
             "mounting rootfs {} took more than {} s; it is undone once the kernel gives up",
             rootfs.display(),
             PREPARE_TIMEOUT.as_secs()
         ))),
-    };
-    match result {
-        Ok(()) => undo.keep(),
-        Err(_) => undo.now().await,
     }
-    result
 }
 
 /// Unmounts everything at and below `rootfs`, stacked and nested mounts too. Deletes nothing. Idempotent; nothing there is success.
@@ -145,17 +142,26 @@ pub async fn release(rootfs: &Path) -> Result<()> {
     }
 }
 
-/// Makes one mount on a thread of its own.
-async fn attach(mount: Mount, options: Options, rootfs: PathBuf, api: OverlayApi) -> Result<Undo> {
+/// Makes one mount on a thread of its own. Answers `before` and what it has made, or undoes both.
+async fn attach(mount: Mount, options: Options, rootfs: PathBuf, api: OverlayApi, mut before: Undo) -> Result<Undo> {
     on_a_thread(move || {
-        let mut undo = make_folder(&rootfs)?;
-        match mount::attach(&mount, &options, &rootfs, api) {
-            Ok(made) => {
-                undo.mounts.extend(made);
-                Ok(undo)
+        let made = make_folder(&rootfs).and_then(|mut made| match mount::attach(&mount, &options, &rootfs, api) {
+            Ok(mounts) => {
+                made.mounts.extend(mounts);
+                Ok(made)
             }
             Err(e) => {
-                undo.undo();
+                made.undo();
+                Err(e)
+            }
+        });
+        match made {
+            Ok(made) => {
+                before.add(made);
+                Ok(before)
+            }
+            Err(e) => {
+                before.undo();
                 Err(e)
             }
         }
