@@ -59,7 +59,9 @@ fn stock(ignored: &[PathBuf]) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for process in processes() {
         // The daemon itself may be another one now: tests restart it.
-        if process.command.contains("containerd --config") {
+        let mut words = process.command.split(' ');
+        let program = words.next().and_then(|word| word.rsplit('/').next());
+        if program == Some("containerd") && words.next() == Some("--config") {
             continue;
         }
         found.insert(format!("process {} {}", process.pid, process.command));
@@ -78,7 +80,7 @@ fn stock(ignored: &[PathBuf]) -> BTreeSet<String> {
         ignored.extend(SYSTEMDS.map(PathBuf::from));
         // Scopes and slices that it made for containers.
         files(Path::new("/run/systemd/transient"), &[], &mut found);
-        found.retain(|thing| !thing.ends_with(".service"));
+        found.retain(|thing| !(thing.starts_with("file /run/systemd/transient/") && thing.ends_with(".service")));
     }
     for folder in ["/run", "/var/lib/cni"] {
         files(Path::new(folder), &ignored, &mut found);

@@ -42,7 +42,7 @@ impl Pidfd {
         if fd < 0 {
             let error = io::Error::last_os_error();
             // A number that some thread still has but no process: that of a process which was reaped this very moment, or of a thread
-            // that leads none. Linux up to 6.14 says EINVAL, later ones ENOENT (kernel/fork.c, pidfd_prepare).
+            // that leads none. Linux 6.12 says EINVAL, 6.18 ENOENT.
             if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) {
                 return Err(Error::not_found("process already finished"));
             }
