@@ -35,7 +35,7 @@ use proxmox_lxcri::{
 use tokio::sync::Semaphore;
 
 /// Bound of every wait here: a test that reaches it has failed.
-const BOUND: Duration = Duration::from_secs(60);
+const BOUND: Duration = Duration::from_secs(20);
 
 /// Holds a call until the test lets it go on, and tells the test that it has arrived.
 struct Gate {

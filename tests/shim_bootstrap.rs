@@ -24,7 +24,7 @@ use containerd_shim_protos::{
 };
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_containerd-shim-proxmox-lxcri-v1");
-const BOUND: Duration = Duration::from_secs(60);
+const BOUND: Duration = Duration::from_secs(20);
 
 /// A containerd of the test's own: an address that nobody else has, bundles, and an eye on what is left at the end.
 struct Daemon {

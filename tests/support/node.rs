@@ -27,10 +27,10 @@ use super::{
     universe,
 };
 
-/// Bound of one RPC; the machine may be busy, or emulated.
-pub(crate) const RPC: Duration = Duration::from_secs(120);
+/// Bound of one RPC; the machine may be busy.
+pub(crate) const RPC: Duration = Duration::from_secs(60);
 /// Bound of a wait for something that must happen.
-pub(crate) const SOON: Duration = Duration::from_secs(90);
+pub(crate) const SOON: Duration = Duration::from_secs(30);
 /// Everything of the node lives here: short, because a unix socket's path has at most 108 bytes.
 pub(crate) const FOLDER: &str = "/run/node";
 
@@ -133,7 +133,7 @@ pub(crate) struct Node {
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 static DAEMON: Mutex<Option<Daemon>> = Mutex::new(None);
 
-/// Runs `test` on a node, on a tokio runtime of its own, for at most ten minutes; then asserts that nothing was left behind.
+/// Runs `test` on a node, on a tokio runtime of its own, for at most three minutes; then asserts that nothing was left behind.
 ///
 /// The daemon is shared by the tests of a process. After a failure its log is kept (the path and the log's end are printed), and
 /// everything that runs in the universe is killed, so that the next test begins on a fresh node.
@@ -151,9 +151,9 @@ pub(crate) fn run(name: &str, cri: bool, test: impl AsyncFnOnce(&Node)) {
         let (baseline, tolerated) = runtime.block_on(async {
             let node = Node::open(name, cri).await;
             let baseline = Baseline::take(&not_ours());
-            tokio::time::timeout(Duration::from_secs(600), test(&node))
+            tokio::time::timeout(Duration::from_secs(180), test(&node))
                 .await
-                .unwrap_or_else(|_| panic!("{name} took more than ten minutes"));
+                .unwrap_or_else(|_| panic!("{name} took more than three minutes"));
             (baseline, node.tolerated.into_inner().unwrap())
         });
         baseline.assert_nothing_left(&tolerated);

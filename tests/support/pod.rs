@@ -33,8 +33,8 @@ use super::{image, leaks::Baseline, universe};
 
 /// Bound of one RPC and of every wait; the machine may be busy.
 pub(crate) const BOUND: Duration = Duration::from_secs(60);
-/// Bound of a whole test: each of its waits has one of its own, and a machine may be an emulated one.
-pub(crate) const WHOLE: Duration = Duration::from_secs(600);
+/// Bound of a whole test.
+pub(crate) const WHOLE: Duration = Duration::from_secs(120);
 /// The shim under test.
 pub(crate) const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-proxmox-lxcri-v1");
 /// containerd's namespace of everything here.
