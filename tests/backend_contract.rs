@@ -956,7 +956,8 @@ fn a_checkpoint_works_or_says_what_is_missing() {
     });
 }
 
-/// Only what the shim does about it: the program says that it has CRIU, notes a checkpoint down, and runs anew what it shall restore.
+/// Only what the shim does about it: the program says that it has CRIU, notes a checkpoint down, and makes anew what it shall restore
+/// (not by `crun run --detach`: that returns while the process that made the container, in a session of its own, still lives).
 #[test]
 fn a_checkpoint_and_a_restore_are_asked_of_a_crun_that_has_criu() {
     each_backend(async |daemon, backend| {
@@ -973,17 +974,18 @@ fn a_checkpoint_and_a_restore_are_asked_of_a_crun_that_has_criu() {
                 *' restore '*) ;;
                 *) exec crun \"$@\";;
             esac
+            globals=${{*%% restore *}}
             left=$#
             while [ $left -gt 0 ]; do
                 word=$1; shift; left=$((left - 1))
                 case $word in
-                    restore) set -- \"$@\" run;;
+                    restore) set -- \"$@\" create;;
                     --image-path) shift; left=$((left - 1));;
-                    --tcp-established|--ext-unix-sk|--file-locks) ;;
+                    --detach|--tcp-established|--ext-unix-sk|--file-locks) ;;
                     *) set -- \"$@\" \"$word\";;
                 esac
             done
-            exec crun \"$@\"\n",
+            crun \"$@\" && exec crun $globals start \"$word\"\n",
             asked.display()
         );
         fs::write(&program, script).unwrap();
