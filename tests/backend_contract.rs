@@ -16,6 +16,7 @@ mod support {
 
     pub(crate) mod image;
     pub(crate) mod leaks;
+    pub(crate) mod patience;
     pub(crate) mod pod;
     pub(crate) mod skip;
     pub(crate) mod universe;
@@ -63,8 +64,8 @@ fn each_backend<F: AsyncFn(&mut Daemon, &str)>(test: F) {
             .unwrap();
         runtime.block_on(async {
             let mut daemon = Daemon::new().await;
-            let ended = tokio::time::timeout(WHOLE, test(&mut daemon, backend)).await;
-            assert!(ended.is_ok(), "backend {backend}: not done after {WHOLE:?}");
+            let ended = tokio::time::timeout(*WHOLE, test(&mut daemon, backend)).await;
+            assert!(ended.is_ok(), "backend {backend}: not done after {:?}", *WHOLE);
             daemon.ends().await;
         });
     }
@@ -946,12 +947,29 @@ fn a_checkpoint_works_or_says_what_is_missing() {
             ..Default::default()
         };
         let answer = pod.call::<_, api::Empty>("Checkpoint", &request).await;
-        match support::pod::crun_has_criu() {
-            true => drop(answer.unwrap()),
-            false => refused(answer, Code::UNIMPLEMENTED, "CRIU"),
+        if !support::pod::crun_has_criu() {
+            refused(answer, Code::UNIMPLEMENTED, "CRIU");
+            assert_eq!(pod.status("a").await, Status::RUNNING);
+            pod.end("a").await;
+            pod.shutdown().await;
+            return;
         }
+        answer.unwrap();
         assert_eq!(pod.status("a").await, Status::RUNNING);
         pod.end("a").await;
+
+        let b = daemon.bundle("b", &["never asked for: the program is the checkpoint's"]);
+        let mut restore = pod.create_request(&b, &Io::none());
+        restore.checkpoint = request.path;
+        pod.call::<_, api::CreateTaskResponse>("Create", &restore)
+            .await
+            .unwrap();
+        let pid = pod.start_process("b", "").await.unwrap();
+        assert_eq!(pod.status("b").await, Status::RUNNING);
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap();
+        let command = String::from_utf8(command).unwrap().replace('\0', " ");
+        assert_eq!(command.trim_end(), FOREVER.join(" "));
+        pod.end("b").await;
         pod.shutdown().await;
     });
 }
@@ -1141,7 +1159,7 @@ fn a_client_deadline_in_the_middle_of_a_call_never_leaves_half_a_container() {
         let open = async |name: &str| {
             let path = a.path.join(name);
             let opened = tokio::task::spawn_blocking(move || fs::OpenOptions::new().write(true).open(path).map(drop));
-            tokio::time::timeout(BOUND, opened).await.unwrap().unwrap().unwrap();
+            tokio::time::timeout(*BOUND, opened).await.unwrap().unwrap().unwrap();
         };
         let request = pod.create_request(&a, &Io::none());
         let short = Duration::from_millis(200);

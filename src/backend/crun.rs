@@ -754,6 +754,11 @@ fn classify(id: &str, status: u32, errors: &[String]) -> Error {
             "{message}: this crun is too old for the ociVersion in config.json; install a newer crun"
         ));
     }
+    if starts("could not load `libcriu") {
+        return Error::unimplemented(format!(
+            "{message}: crun loads this library of CRIU for checkpoints; install libcriu2"
+        ));
+    }
     if starts("unknown command") {
         return Error::unimplemented(message);
     }

@@ -21,6 +21,7 @@ mod support {
 
     pub(crate) mod image;
     pub(crate) mod leaks;
+    pub(crate) mod patience;
     pub(crate) mod pod;
     pub(crate) mod skip;
     pub(crate) mod universe;
@@ -52,8 +53,8 @@ fn fault<F: AsyncFn(&mut Daemon, &Stub)>(test: F) {
     runtime.block_on(async {
         let mut daemon = Daemon::new().await;
         let stub = Stub::new(&daemon);
-        let ended = tokio::time::timeout(WHOLE, test(&mut daemon, &stub)).await;
-        assert!(ended.is_ok(), "not done after {WHOLE:?}");
+        let ended = tokio::time::timeout(*WHOLE, test(&mut daemon, &stub)).await;
+        assert!(ended.is_ok(), "not done after {:?}", *WHOLE);
         daemon.ends().await;
     });
 }

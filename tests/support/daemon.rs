@@ -48,7 +48,7 @@ impl Containerd {
             }
             Self::Unit => {
                 systemctl(&["kill", "--kill-whom=main", "--signal=KILL", UNIT]);
-                let end = Instant::now() + SOON;
+                let end = Instant::now() + *SOON;
                 while active() {
                     assert!(Instant::now() < end, "{UNIT} survived SIGKILL");
                     std::thread::yield_now();

@@ -152,7 +152,7 @@ impl Events {
     /// # Panics
     /// With what did come, when it does not come.
     pub(crate) async fn until(&self, container: &str, wanted: impl Fn(&Event) -> bool) -> Vec<Event> {
-        let end = std::time::Instant::now() + SOON;
+        let end = std::time::Instant::now() + *SOON;
         loop {
             let events = self.about(container);
             if events.iter().any(&wanted) {

@@ -5,13 +5,14 @@ use std::{
     fs,
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
+    sync::LazyLock,
     time::{Duration, Instant},
 };
 
-use super::universe;
+use super::{patience::patience, universe};
 
 /// How long leftovers may take to go by themselves: containerd removes snapshots' mounts and reaps shims in the background.
-const SETTLE: Duration = Duration::from_secs(15);
+static SETTLE: LazyLock<Duration> = LazyLock::new(|| patience(15));
 
 /// Everything in the universe that a container could leave behind, at one moment.
 #[derive(Debug)]
@@ -40,7 +41,7 @@ impl Baseline {
     /// # Panics
     /// Naming each leftover.
     pub(crate) fn assert_nothing_left(&self, tolerated: &[String]) {
-        let end = Instant::now() + SETTLE;
+        let end = Instant::now() + *SETTLE;
         loop {
             let mut left = self.leftovers();
             left.retain(|thing| !tolerated.iter().any(|prefix| thing.starts_with(prefix)));

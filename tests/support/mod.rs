@@ -38,6 +38,7 @@ pub(crate) mod events;
 pub(crate) mod image;
 pub(crate) mod leaks;
 pub(crate) mod node;
+pub(crate) mod patience;
 pub(crate) mod skip;
 pub(crate) mod task;
 pub(crate) mod universe;

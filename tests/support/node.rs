@@ -6,7 +6,7 @@ use std::{
     os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::Mutex,
+    sync::{LazyLock, Mutex},
     time::{Duration, Instant},
 };
 
@@ -24,13 +24,14 @@ use super::{
     daemon::{Containerd, stop_unit},
     image::{self, Image},
     leaks::{self, Baseline},
+    patience::patience,
     universe,
 };
 
 /// Bound of one RPC; the machine may be busy.
-pub(crate) const RPC: Duration = Duration::from_secs(60);
+pub(crate) static RPC: LazyLock<Duration> = LazyLock::new(|| patience(60));
 /// Bound of a wait for something that must happen.
-pub(crate) const SOON: Duration = Duration::from_secs(30);
+pub(crate) static SOON: LazyLock<Duration> = LazyLock::new(|| patience(30));
 /// Everything of the node lives here: short, because a unix socket's path has at most 108 bytes.
 pub(crate) const FOLDER: &str = "/run/node";
 
@@ -151,9 +152,9 @@ pub(crate) fn run(name: &str, cri: bool, test: impl AsyncFnOnce(&Node)) {
         let (baseline, tolerated) = runtime.block_on(async {
             let node = Node::open(name, cri).await;
             let baseline = Baseline::take(&not_ours());
-            tokio::time::timeout(Duration::from_secs(180), test(&node))
+            tokio::time::timeout(patience(180), test(&node))
                 .await
-                .unwrap_or_else(|_| panic!("{name} took more than three minutes"));
+                .unwrap_or_else(|_| panic!("{name} took more than {:?}", patience(180)));
             (baseline, node.tolerated.into_inner().unwrap())
         });
         baseline.assert_nothing_left(&tolerated);
@@ -231,7 +232,7 @@ impl Node {
         let mut request = Request::new(message);
         let namespace = MetadataValue::try_from(&self.namespace).expect("an ASCII namespace");
         request.metadata_mut().insert("containerd-namespace", namespace);
-        request.set_timeout(RPC);
+        request.set_timeout(*RPC);
         request
     }
 
@@ -453,12 +454,12 @@ pub(crate) async fn finish(mut command: Command, stdin: &[u8]) -> Finished {
         }
     });
     let ended = tokio::task::spawn_blocking(move || child.wait_with_output());
-    let output = match tokio::time::timeout(RPC, ended).await {
+    let output = match tokio::time::timeout(*RPC, ended).await {
         Ok(output) => output.expect("no panic").expect("wait"),
         Err(_) => {
             // SAFETY: the child was not reaped, so the number is its own.
             unsafe { libc::kill(pid as i32, libc::SIGKILL) };
-            panic!("{line} did not end within {RPC:?}");
+            panic!("{line} did not end within {:?}", *RPC);
         }
     };
     let status = output
@@ -478,12 +479,12 @@ pub(crate) async fn finish(mut command: Command, stdin: &[u8]) -> Finished {
 /// # Panics
 /// Naming `what` when it does not.
 pub(crate) async fn until<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + *SOON;
     loop {
         if let Some(value) = condition().await {
             return value;
         }
-        assert!(Instant::now() < end, "not within {SOON:?}: {what}");
+        assert!(Instant::now() < end, "not within {:?}: {what}", *SOON);
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
@@ -687,7 +688,7 @@ fn tear_down() {
     if universe::by_systemd() {
         stop_unit();
     }
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + *SOON;
     loop {
         for cgroup in universe::cgroups_named("lx") {
             // A frozen process does not die.

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -29,12 +29,12 @@ use containerd_shim_protos::{
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::{image, leaks::Baseline, universe};
+use super::{image, leaks::Baseline, patience::patience, universe};
 
 /// Bound of one RPC and of every wait; the machine may be busy.
-pub(crate) const BOUND: Duration = Duration::from_secs(60);
+pub(crate) static BOUND: LazyLock<Duration> = LazyLock::new(|| patience(60));
 /// Bound of a whole test.
-pub(crate) const WHOLE: Duration = Duration::from_secs(120);
+pub(crate) static WHOLE: LazyLock<Duration> = LazyLock::new(|| patience(120));
 /// The shim under test.
 pub(crate) const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-proxmox-lxcri-v1");
 /// containerd's namespace of everything here.
@@ -180,7 +180,7 @@ impl Daemon {
     /// Waits until `told` was told, and returns everything.
     pub(crate) async fn hears(&self, told: &str) -> Vec<Told> {
         let mut all = self.inbox.told.subscribe();
-        let heard = tokio::time::timeout(BOUND, all.wait_for(|all| all.iter().any(|one| one == told))).await;
+        let heard = tokio::time::timeout(*BOUND, all.wait_for(|all| all.iter().any(|one| one == told))).await;
         match heard {
             Ok(all) => all.unwrap().clone(),
             Err(_) => panic!("{told:?} was never told: {:?}", self.told()),
@@ -426,7 +426,7 @@ impl Reading {
     /// Everything, once the other side has closed.
     pub(crate) async fn bytes(self) -> Vec<u8> {
         let joined = tokio::task::spawn_blocking(move || self.0.join().unwrap());
-        tokio::time::timeout(BOUND, joined)
+        tokio::time::timeout(*BOUND, joined)
             .await
             .expect("stdout never ends")
             .unwrap()
@@ -509,11 +509,7 @@ pub(crate) fn delete_dead(daemon: &Daemon, bundle: &Bundle) -> Result<api::Delet
     let begin = std::time::Instant::now();
     let output = run_shim(daemon, bundle, &Start::default(), "delete");
     // containerd kills it then, and a killed one could not finish.
-    assert!(
-        begin.elapsed() < Duration::from_secs(5),
-        "delete took {:?}",
-        begin.elapsed()
-    );
+    assert!(begin.elapsed() < patience(5), "delete took {:?}", begin.elapsed());
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     match output.status.success() {
         true => Ok(api::DeleteResponse::parse_from_bytes(&output.stdout).unwrap()),
@@ -581,7 +577,7 @@ impl Pod {
 
     /// One RPC with containerd's metadata.
     pub(crate) async fn call<Q: Message, R: Message>(&self, method: &str, request: &Q) -> Answer<R> {
-        self.call_bounded(method, request, BOUND).await
+        self.call_bounded(method, request, *BOUND).await
     }
 
     /// One RPC with the client's deadline.
@@ -826,7 +822,7 @@ fn pidfd(pid: u32) -> std::os::fd::OwnedFd {
 async fn gone(pidfd: std::os::fd::OwnedFd) {
     // SAFETY: an `OwnedFd` keeps its descriptor open, and the same one, for as long as it lives.
     let pidfd = unsafe { tokio::io::unix::AsyncFd::register(pidfd) }.unwrap();
-    let _ = tokio::time::timeout(BOUND, pidfd.readable())
+    let _ = tokio::time::timeout(*BOUND, pidfd.readable())
         .await
         .expect("it must end")
         .unwrap();
@@ -892,7 +888,7 @@ pub(crate) fn shell(script: &str) -> [&str; 3] {
 
 /// Looks until there is something to see.
 pub(crate) async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let end = tokio::time::Instant::now() + BOUND;
+    let end = tokio::time::Instant::now() + *BOUND;
     loop {
         if let Some(seen) = look() {
             return seen;

@@ -684,7 +684,7 @@ pub(crate) struct Stdin(pipe::Sender);
 
 impl Stdin {
     pub(crate) async fn write(&mut self, bytes: &[u8]) {
-        let written = tokio::time::timeout(RPC, self.0.write_all(bytes)).await;
+        let written = tokio::time::timeout(*RPC, self.0.write_all(bytes)).await;
         written.expect("stdin is read in time").expect("write to stdin");
     }
 }
@@ -735,7 +735,7 @@ impl Output {
 
     /// Waits until `text` came.
     pub(crate) async fn until(&self, text: &str) {
-        let end = std::time::Instant::now() + SOON;
+        let end = std::time::Instant::now() + *SOON;
         while !self.so_far().contains(text) {
             assert!(std::time::Instant::now() < end, "no {text:?} in {:?}", self.so_far());
             tokio::time::sleep(Duration::from_millis(5)).await;

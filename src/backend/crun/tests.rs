@@ -238,6 +238,12 @@ fn the_reasons_of_crun_1_8_1_have_their_kinds() {
             Kind::Unimplemented,
             "unknown version specified: this crun is too old for the ociVersion in config.json; install a newer crun",
         ),
+        (
+            1,
+            r#"{"msg":"could not load `libcriu.so.2`","level":"error","time":"2026-11-23T09:12:41.016624Z"}"#,
+            Kind::Unimplemented,
+            "could not load `libcriu.so.2`: crun loads this library of CRIU for checkpoints; install libcriu2",
+        ),
     ] {
         assert_eq!(from_log(status, log), (kind, text.to_owned()));
     }

@@ -1,0 +1,15 @@
+//! How long the tests wait for what must happen before they call it a failure.
+
+use std::{sync::LazyLock, time::Duration};
+
+/// How much longer than a machine of our days this one may take: `LXCRI_TEST_SLOWNESS`, 1 when unset. Only the node of `make test-node`
+/// sets it, where every instruction is emulated.
+static SLOWNESS: LazyLock<u64> = LazyLock::new(|| match std::env::var("LXCRI_TEST_SLOWNESS") {
+    Ok(text) => text.parse().expect("LXCRI_TEST_SLOWNESS is a whole number"),
+    Err(_) => 1,
+});
+
+/// The bound of a wait that takes far less than `seconds` on a machine of our days, busy ones too.
+pub(crate) fn patience(seconds: u64) -> Duration {
+    Duration::from_secs(seconds * *SLOWNESS)
+}
