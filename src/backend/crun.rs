@@ -741,7 +741,7 @@ fn classify(id: &str, status: u32, errors: &[String]) -> Error {
             "exec: {program:?}: executable file not found in $PATH: no such file or directory"
         ));
     }
-    if starts("open executable: ") {
+    if starts("open executable: ") || starts("the path `") && message.contains("` is not a regular file") {
         return Error::invalid(format!("{message}: the program is not an executable file"));
     }
     if starts("cgroups in hybrid mode not supported") {

@@ -240,6 +240,12 @@ fn the_reasons_of_crun_1_8_1_have_their_kinds() {
         ),
         (
             1,
+            r#"{"msg":"the path `/bin` is not a regular file: Operation not permitted","level":"error","time":"2026-11-23T12:33:02.512880Z"}"#,
+            Kind::InvalidArgument,
+            "the path `/bin` is not a regular file: Operation not permitted: the program is not an executable file",
+        ),
+        (
+            1,
             r#"{"msg":"could not load `libcriu.so.2`","level":"error","time":"2026-11-23T09:12:41.016624Z"}"#,
             Kind::Unimplemented,
             "could not load `libcriu.so.2`: crun loads this library of CRIU for checkpoints; install libcriu2",
