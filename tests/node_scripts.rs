@@ -81,7 +81,7 @@ if [ "${FAKE:-}" = hangs-in-boot ]; then
     exec sleep 1000
 fi
 echo "$@" >"$LXCRI_NODE_CACHE/../arguments"
-cd "$(dirname "$files")" && mkdir guest && tar --extract --file "$files" -C guest && cd guest/node && mkdir results || exit
+cd "$(dirname "$files")" && mkdir -m 755 guest && mkdir -m 1777 guest/tmp && tar --extract --file "$files" -C guest && cd guest/node && mkdir results || exit
 echo up >/dev/fd/6
 mapfile -d '' -t command <command
 echo begin >/dev/fd/6
@@ -793,6 +793,26 @@ fn the_files_are_laid_over_the_nodes_root() {
     let said = scripts.run(&["--files", files.to_str().unwrap(), "cat", "../etc/motd"]);
     said.assert_ends(0);
     assert_eq!(said.out, "welcome\n");
+}
+
+#[test]
+fn folders_that_are_there_keep_their_modes_in_the_node_and_here() {
+    let scripts = Scripts::new();
+    // As mktemp makes it; a checkout may lie in /tmp.
+    let (files, results) = (scripts.path("files"), scripts.path("results"));
+    fs::create_dir_all(files.join("tmp/checkout")).unwrap();
+    fs::create_dir(files.join("empty")).unwrap();
+    fs::write(files.join("tmp/checkout/file"), "").unwrap();
+    fs::create_dir(&results).unwrap();
+    fs::set_permissions(&files, fs::Permissions::from_mode(0o700)).unwrap();
+    fs::set_permissions(&results, fs::Permissions::from_mode(0o1777)).unwrap();
+    let (from, to) = (files.to_str().unwrap(), results.to_str().unwrap());
+    let stat = "stat -c %a .. ../tmp ../tmp/checkout ../empty; echo >results/file";
+    let said = scripts.run(&["--files", from, "--results", to, "sh", "-c", stat]);
+    said.assert_ends(0);
+    assert_eq!(said.out, "755\n1777\n755\n755\n");
+    assert!(results.join("file").is_file());
+    assert_eq!(fs::metadata(&results).unwrap().permissions().mode() & 0o7777, 0o1777);
 }
 
 #[test]
