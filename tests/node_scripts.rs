@@ -62,8 +62,8 @@ const QEMU: &str = r#"#!/bin/bash
 [ "$1" != --version ] || { echo "QEMU emulator version 10"; exit; }
 for argument; do
     case $argument in
-    *id=results,path=*) results=${argument##*path=} ;;
-    *file=*/files.tar,*) files=${argument#*file=} files=${files%%,*} ;;
+    *id=results,path=*) results=${argument##*path=} results=${results//,,/,} ;;
+    *file=*/files.tar,*) files=${argument#*file=} files=${files%,if=*} files=${files//,,/,} ;;
     file:*) console=${argument#file:} ;;
     esac
 done
@@ -793,6 +793,55 @@ fn the_files_are_laid_over_the_nodes_root() {
     let said = scripts.run(&["--files", files.to_str().unwrap(), "cat", "../etc/motd"]);
     said.assert_ends(0);
     assert_eq!(said.out, "welcome\n");
+}
+
+#[test]
+fn folders_may_have_blanks_and_commas_in_their_names_and_be_relative() {
+    let scripts = Scripts::new();
+    for name in ["a, b/tmp", "a, b/cache"] {
+        fs::create_dir_all(scripts.path(name)).unwrap();
+    }
+    let mut command = scripts.script(
+        "run",
+        &["--results", "a, b/results", "sh", "-c", "echo said >results/file"],
+    );
+    command
+        .current_dir(&scripts.folder)
+        .env("TMPDIR", "a, b/tmp")
+        .env("LXCRI_NODE_CACHE", "a, b/cache");
+    // The programs in the place of others look for the cache from elsewhere.
+    scripts.recipe("#!/bin/sh\ntouch disk.raw\n");
+    scripts.program(
+        "bin/qemu-system-x86_64",
+        &QEMU.replace("$LXCRI_NODE_CACHE", &scripts.path("cache").display().to_string()),
+    );
+    scripts.start(&mut command).end().assert_ends(0);
+    let result = scripts.path("a, b/results/file");
+    assert_eq!(fs::read_to_string(result).unwrap(), "said\n");
+    let arguments = fs::read_to_string(scripts.path("arguments")).unwrap();
+    assert!(
+        arguments.contains("a,, b/tmp/") && !arguments.contains("file=a"),
+        "{arguments}"
+    );
+    assert_eq!(scripts.names("a, b/tmp"), Vec::<String>::new());
+}
+
+#[test]
+fn who_builds_with_a_private_umask_builds_for_everybody() {
+    let scripts = Scripts::new();
+    let mut command = scripts.command("sh");
+    command
+        .args(["-c", "umask 077; exec \"$0\""])
+        .arg(scripts.path("checkout/tests/node/build"));
+    let said = scripts.start(&mut command).end();
+    said.assert_ends(0);
+    for file in ["", "disk.raw", "vmlinuz"] {
+        let mode = fs::metadata(Path::new(said.out.trim_end()).join(file))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o44, 0o44, "{file}");
+    }
 }
 
 #[test]
