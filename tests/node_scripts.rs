@@ -399,6 +399,7 @@ fn a_missing_program_is_named_with_its_package() {
         ("run", "qemu-img", "qemu-utils"),
         ("test", "qemu-system-x86_64", "qemu-system-x86"),
         ("test", "cargo", "install Rust"),
+        ("test", "strip", "binutils"),
         ("build", "debootstrap", "debootstrap"),
         ("build", "mkfs.ext4", "e2fsprogs"),
         // By the build that it needs.
@@ -564,7 +565,10 @@ fn only_root_builds_and_everybody_uses_what_is_built() {
             .arg(scripts.path("checkout/tests/node/build"));
         command
     };
-    scripts.start(&mut nobody()).end().assert_fails(&["takes root", "sudo"]);
+    scripts
+        .start(&mut nobody())
+        .end()
+        .assert_fails(&["takes root", "sudo LXCRI_NODE_CACHE=", "/cache"]);
     let said = scripts
         .start(nobody().env("LXCRI_NODE_CACHE", scripts.path("cache/none")))
         .end();
@@ -930,6 +934,26 @@ fn a_node_that_hangs_is_given_up() {
 }
 
 #[test]
+fn a_node_that_fills_the_disk_is_given_up_with_what_to_set() {
+    let scripts = Scripts::new();
+    let (begun, small) = (scripts.path("begun"), scripts.path("small"));
+    fs::create_dir(&small).unwrap();
+    tmpfs(&small, "size=8g");
+    let mut command = scripts.script("run", &["--timeout", "1", "true"]);
+    command
+        .env("FAKE", "hangs-in-boot")
+        .env("LXCRI_NODE_BOOT_TIMEOUT", "2")
+        .env("TMPDIR", &small);
+    let run = scripts.start(&mut command);
+    until("the boot begins", || begun.exists());
+    let (none, full): (Option<&str>, _) = (None, Some("size=1m"));
+    mount(none, &small, none, MsFlags::MS_REMOUNT, full).unwrap();
+    run.end().assert_fails(&["no space left in", "/small", "set TMPDIR"]);
+    umount2(&small, MntFlags::MNT_DETACH).unwrap();
+    scripts.assert_clean();
+}
+
+#[test]
 fn an_interrupted_run_leaves_nothing() {
     for (signal, group, status) in [
         (Signal::SIGINT, true, 130),
@@ -1110,6 +1134,56 @@ fn the_suites_end_the_test_as_they_ended_and_leave_nothing() {
     let said = scripts.start(&mut scripts.script("test", &[])).end();
     said.assert_ends(7);
     assert!(said.out.contains("suites\n"), "{said:?}");
+    scripts.assert_clean();
+}
+
+#[test]
+fn tests_that_do_not_compile_end_the_test_with_the_compilers_words() {
+    let scripts = Scripts::new();
+    // As cargo does: JSON swallows the words unless it is asked to render them.
+    scripts.program(
+        "bin/cargo",
+        "#!/bin/sh\ncase $* in *=json-render-diagnostics*) exec >&2 ;; esac\necho 'error[E0308]: mismatched types'\nexit 101\n",
+    );
+    let said = scripts.start(&mut scripts.script("test", &[])).end();
+    said.assert_fails(&["cargo test", "failed"]);
+    assert!(said.err.contains("mismatched types"), "{said:?}");
+    scripts.assert_clean();
+}
+
+#[test]
+fn the_suites_find_the_checkout_whose_target_folder_is_elsewhere() {
+    let scripts = Scripts::new();
+    scripts.program("bin/cargo", CARGO);
+    scripts.program("bin/strip", "#!/bin/sh\n");
+    scripts.program(
+        "checkout/tests/node/guest/suites",
+        "#!/bin/sh\ncd ..$(cat checkout) && echo here\n",
+    );
+    let said = scripts.start(&mut scripts.script("test", &[])).end();
+    said.assert_ends(0);
+    assert!(said.out.starts_with("here\n"), "{said:?}");
+}
+
+#[test]
+fn tests_at_the_same_time_have_results_of_their_own() {
+    let scripts = Scripts::new();
+    scripts.program("bin/cargo", CARGO);
+    scripts.program("bin/strip", "#!/bin/sh\n");
+    let all = scripts.folder.display();
+    // None goes on before both are there.
+    scripts.program(
+        "checkout/tests/node/guest/suites",
+        &format!(
+            "#!/bin/sh\ntouch {all}/here.$1; until [ $(ls {all} | grep -c ^here) = 2 ]; do sleep 0.01; done\necho time of $1 >results/times\n"
+        ),
+    );
+    let tests = ["one", "two"].map(|lane| scripts.start(&mut scripts.script("test", &[lane])));
+    for (lane, test) in ["one", "two"].into_iter().zip(tests) {
+        let said = test.end();
+        said.assert_ends(0);
+        assert!(said.out.contains(&format!("time of {lane}\n")), "{said:?}");
+    }
     scripts.assert_clean();
 }
 
