@@ -1187,6 +1187,87 @@ fn tests_at_the_same_time_have_results_of_their_own() {
     scripts.assert_clean();
 }
 
+/// The node's own suites, with programs in place of the node's and of cargo's; `programs` are name and script of each test program.
+fn with_suites(programs: &[(&str, &str)]) -> Scripts {
+    let scripts = Scripts::new();
+    let original = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/node/guest/suites");
+    scripts.program(
+        "checkout/tests/node/guest/suites",
+        &fs::read_to_string(original).unwrap(),
+    );
+    for name in ["strip", "modprobe", "zpool", "systemd-detect-virt"] {
+        scripts.program(&format!("bin/{name}"), "#!/bin/sh\n");
+    }
+    scripts.program(
+        "bin/systemd-run",
+        "#!/bin/bash\nwhile [[ $1 == -* ]]; do case $1 in --unit | --setenv | --property | --working-directory) shift ;; esac; shift; done\nexec \"$@\"\n",
+    );
+    let mut cargo = "#!/bin/sh\n".to_string();
+    for (name, program) in programs {
+        let path = format!("built/{name}");
+        scripts.program(&path, &format!("#!/bin/bash\n{program}\n"));
+        cargo += &format!(
+            "echo '{{\"target\":{{\"name\":\"{name}\"}},\"profile\":{{\"test\":true}},\"executable\":\"{}\"}}'\n",
+            scripts.path(&path).display()
+        );
+    }
+    scripts.program("bin/cargo", &cargo);
+    scripts
+}
+
+const PASSES: &str = r#"[[ "a_test" != *"${1:-}"* ]] || { echo "test result: ok. 1 passed; 0 failed; 0 ignored"; exit; }
+echo "test result: ok. 0 passed; 0 failed; 0 ignored""#;
+
+#[test]
+fn what_did_not_run_in_the_node_is_no_success() {
+    let programs = [("containerd", PASSES), ("cri", PASSES), ("node_scripts", "exit 1")];
+    let test = |scripts: &Scripts, arguments: &[&str]| {
+        let said = scripts.start(&mut scripts.script("test", arguments)).end();
+        scripts.assert_clean();
+        said
+    };
+    let fails = |said: Said, words: &[&str]| {
+        said.assert_ends(1);
+        for word in words {
+            assert!(said.out.contains(word), "{word:?} is not in {}", said.out);
+        }
+    };
+    let scripts = with_suites(&programs);
+    let said = test(&scripts, &["containerd-2"]);
+    said.assert_ends(0);
+    assert!(said.out.contains("all tests passed"), "{said:?}");
+    assert!(said.out.contains("containerd-2| ==> containerd-2: cri"), "{said:?}");
+    test(&scripts, &["containerd-2", "--", "a_t"]).assert_ends(0);
+    fails(
+        test(&scripts, &["containerd-2", "--", "no_such"]),
+        &["no_such", "no test ran"],
+    );
+
+    // A test program that nobody put into a lane.
+    let scripts = with_suites(&[("containerd", PASSES), ("cri", PASSES), ("new_tests", PASSES)]);
+    fails(test(&scripts, &["containerd-2"]), &["new_tests", "no lane runs it"]);
+    // One that was not brought.
+    let scripts = with_suites(&[("containerd", PASSES)]);
+    fails(test(&scripts, &["containerd-2"]), &["containerd-2: cri", "FAILED"]);
+    // One that takes its lane with it.
+    let scripts = with_suites(&[("containerd", "kill -KILL $PPID"), ("cri", PASSES)]);
+    fails(
+        test(&scripts, &["containerd-2"]),
+        &["containerd-2: cri", "did not run to its end"],
+    );
+}
+
+#[test]
+fn suites_that_are_not_in_time_end_with_the_summary_of_those_that_were() {
+    let scripts = with_suites(&[("containerd", PASSES), ("cri", "sleep 1000")]);
+    let mut command = scripts.script("test", &["containerd-2"]);
+    let said = scripts.start(command.env("LXCRI_NODE_TIMEOUT", "3")).end();
+    said.assert_ends(124);
+    for words in ["1 passed", "containerd-2: cri", "did not run to its end", "suites  "] {
+        assert!(said.out.contains(words), "{words:?} is not in {}", said.out);
+    }
+}
+
 #[test]
 fn an_interrupted_test_ends_its_run() {
     for (signal, group) in [
