@@ -588,6 +588,50 @@ fn a_failure_that_nobody_foresaw_is_no_status_of_a_command() {
     scripts.assert_clean();
 }
 
+#[test]
+fn on_debian_12_backports_are_asked_by_the_machines_own_source_or_one_that_is_gone_afterwards() {
+    for own in [true, false] {
+        let scripts = Scripts::new();
+        // Of all programs those that the script itself calls.
+        fs::create_dir(scripts.path("few")).unwrap();
+        for name in [
+            "bash", "cat", "cp", "dirname", "grep", "id", "mkdir", "mktemp", "rm", "sed",
+        ] {
+            symlink(Path::new("/usr/bin").join(name), scripts.path("few").join(name)).unwrap();
+        }
+        scripts.program("few/cargo", "#!/bin/sh\n");
+        scripts.program("few/ctr", "#!/bin/sh\n");
+        let uri = if own {
+            "'http://mirror/dists/bookworm-backports/InRelease'"
+        } else {
+            "'http://mirror/dists/bookworm/InRelease'"
+        };
+        scripts.program(
+            "few/apt-get",
+            &format!(
+                "#!/bin/bash\nfor argument; do case $argument in *SourceParts=*) parts=${{argument#*=}} ;; esac; done\n\
+                 case $* in *--print-uris*) echo \"{uri}\"; exit ;; *--target-release*) cat \"$parts/node.list\" ;; esac\n\
+                 echo \"said: $*\"\n"
+            ),
+        );
+        fs::write(scripts.path("os-release"), "VERSION_CODENAME=bookworm\n").unwrap();
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/dependencies");
+        let inside = "mount --bind \"$0\" /etc/os-release && PATH=$1 exec \"$2\" node";
+        let mut command = scripts.command("unshare");
+        command
+            .args(["--mount", "bash", "-c", inside])
+            .args([scripts.path("os-release"), scripts.path("few"), script]);
+        let said = scripts.start(&mut command).end();
+        said.assert_ends(0);
+        assert!(
+            said.out.contains("--target-release bookworm-backports qemu-system-x86"),
+            "{said:?}"
+        );
+        assert_eq!(said.out.contains("main\n"), !own, "a source: {said:?}");
+        scripts.assert_clean();
+    }
+}
+
 // The image.
 
 #[test]
@@ -1028,6 +1072,23 @@ fn what_a_killed_run_left_is_removed_by_the_next_one_and_nothing_of_those_that_l
     send(&living, Signal::SIGTERM, false);
     living.end().assert_ends(143);
     scripts.assert_clean();
+}
+
+#[test]
+fn a_killed_run_whose_output_nobody_reads_leaves_no_process() {
+    let scripts = Scripts::new();
+    let begun = scripts.path("begun");
+    // A pipe that is open for reading as long as somebody has it.
+    let unread = "mkfifo $1/pipe && exec 3<>$1/pipe && exec $0 sh -c \"touch $1/begun; exec cat /dev/zero\" >&3";
+    let mut command = scripts.command("bash");
+    command
+        .args(["-c", unread])
+        .args([&scripts.path("checkout/tests/node/run"), &scripts.folder]);
+    let run = scripts.start(&mut command);
+    until("the command begins", || begun.exists());
+    send(&run, Signal::SIGKILL, false);
+    run.end().assert_ends(137);
+    scripts.eventually_no_process();
 }
 
 #[test]
