@@ -62,8 +62,8 @@ const QEMU: &str = r#"#!/bin/bash
 [ "$1" != --version ] || { echo "QEMU emulator version 10"; exit; }
 for argument; do
     case $argument in
-    *id=results,path=*) results=${argument##*path=} ;;
-    *file=*/files.tar,*) files=${argument#*file=} files=${files%%,*} ;;
+    *id=results,path=*) results=${argument##*path=} results=${results//,,/,} ;;
+    *file=*/files.tar,*) files=${argument#*file=} files=${files%,if=*} files=${files//,,/,} ;;
     file:*) console=${argument#file:} ;;
     esac
 done
@@ -81,7 +81,7 @@ if [ "${FAKE:-}" = hangs-in-boot ]; then
     exec sleep 1000
 fi
 echo "$@" >"$LXCRI_NODE_CACHE/../arguments"
-cd "$(dirname "$files")" && mkdir guest && tar --extract --file "$files" -C guest && cd guest/node && mkdir results || exit
+cd "$(dirname "$files")" && mkdir -m 755 guest && mkdir -m 1777 guest/tmp && tar --extract --file "$files" -C guest && cd guest/node && mkdir results || exit
 echo up >/dev/fd/6
 mapfile -d '' -t command <command
 echo begin >/dev/fd/6
@@ -399,6 +399,7 @@ fn a_missing_program_is_named_with_its_package() {
         ("run", "qemu-img", "qemu-utils"),
         ("test", "qemu-system-x86_64", "qemu-system-x86"),
         ("test", "cargo", "install Rust"),
+        ("test", "strip", "binutils"),
         ("build", "debootstrap", "debootstrap"),
         ("build", "mkfs.ext4", "e2fsprogs"),
         // By the build that it needs.
@@ -564,7 +565,10 @@ fn only_root_builds_and_everybody_uses_what_is_built() {
             .arg(scripts.path("checkout/tests/node/build"));
         command
     };
-    scripts.start(&mut nobody()).end().assert_fails(&["takes root", "sudo"]);
+    scripts
+        .start(&mut nobody())
+        .end()
+        .assert_fails(&["takes root", "sudo LXCRI_NODE_CACHE=", "/cache"]);
     let said = scripts
         .start(nobody().env("LXCRI_NODE_CACHE", scripts.path("cache/none")))
         .end();
@@ -582,6 +586,50 @@ fn a_failure_that_nobody_foresaw_is_no_status_of_a_command() {
     said.assert_fails(&["qemu-img create", "failed"]);
     assert!(said.err.contains("qemu-img: words"), "{said:?}");
     scripts.assert_clean();
+}
+
+#[test]
+fn on_debian_12_backports_are_asked_by_the_machines_own_source_or_one_that_is_gone_afterwards() {
+    for own in [true, false] {
+        let scripts = Scripts::new();
+        // Of all programs those that the script itself calls.
+        fs::create_dir(scripts.path("few")).unwrap();
+        for name in [
+            "bash", "cat", "cp", "dirname", "grep", "id", "mkdir", "mktemp", "rm", "sed",
+        ] {
+            symlink(Path::new("/usr/bin").join(name), scripts.path("few").join(name)).unwrap();
+        }
+        scripts.program("few/cargo", "#!/bin/sh\n");
+        scripts.program("few/ctr", "#!/bin/sh\n");
+        let uri = if own {
+            "'http://mirror/dists/bookworm-backports/InRelease'"
+        } else {
+            "'http://mirror/dists/bookworm/InRelease'"
+        };
+        scripts.program(
+            "few/apt-get",
+            &format!(
+                "#!/bin/bash\nfor argument; do case $argument in *SourceParts=*) parts=${{argument#*=}} ;; esac; done\n\
+                 case $* in *--print-uris*) echo \"{uri}\"; exit ;; *--target-release*) cat \"$parts/node.list\" ;; esac\n\
+                 echo \"said: $*\"\n"
+            ),
+        );
+        fs::write(scripts.path("os-release"), "VERSION_CODENAME=bookworm\n").unwrap();
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/dependencies");
+        let inside = "mount --bind \"$0\" /etc/os-release && PATH=$1 exec \"$2\" node";
+        let mut command = scripts.command("unshare");
+        command
+            .args(["--mount", "bash", "-c", inside])
+            .args([scripts.path("os-release"), scripts.path("few"), script]);
+        let said = scripts.start(&mut command).end();
+        said.assert_ends(0);
+        assert!(
+            said.out.contains("--target-release bookworm-backports qemu-system-x86"),
+            "{said:?}"
+        );
+        assert_eq!(said.out.contains("main\n"), !own, "a source: {said:?}");
+        scripts.assert_clean();
+    }
 }
 
 // The image.
@@ -796,6 +844,75 @@ fn the_files_are_laid_over_the_nodes_root() {
 }
 
 #[test]
+fn folders_may_have_blanks_and_commas_in_their_names_and_be_relative() {
+    let scripts = Scripts::new();
+    for name in ["a, b/tmp", "a, b/cache"] {
+        fs::create_dir_all(scripts.path(name)).unwrap();
+    }
+    let mut command = scripts.script(
+        "run",
+        &["--results", "a, b/results", "sh", "-c", "echo said >results/file"],
+    );
+    command
+        .current_dir(&scripts.folder)
+        .env("TMPDIR", "a, b/tmp")
+        .env("LXCRI_NODE_CACHE", "a, b/cache");
+    // The programs in the place of others look for the cache from elsewhere.
+    scripts.recipe("#!/bin/sh\ntouch disk.raw\n");
+    scripts.program(
+        "bin/qemu-system-x86_64",
+        &QEMU.replace("$LXCRI_NODE_CACHE", &scripts.path("cache").display().to_string()),
+    );
+    scripts.start(&mut command).end().assert_ends(0);
+    let result = scripts.path("a, b/results/file");
+    assert_eq!(fs::read_to_string(result).unwrap(), "said\n");
+    let arguments = fs::read_to_string(scripts.path("arguments")).unwrap();
+    assert!(
+        arguments.contains("a,, b/tmp/") && !arguments.contains("file=a"),
+        "{arguments}"
+    );
+    assert_eq!(scripts.names("a, b/tmp"), Vec::<String>::new());
+}
+
+#[test]
+fn who_builds_with_a_private_umask_builds_for_everybody() {
+    let scripts = Scripts::new();
+    let mut command = scripts.command("sh");
+    command
+        .args(["-c", "umask 077; exec \"$0\""])
+        .arg(scripts.path("checkout/tests/node/build"));
+    let said = scripts.start(&mut command).end();
+    said.assert_ends(0);
+    for file in ["", "disk.raw", "vmlinuz"] {
+        let mode = fs::metadata(Path::new(said.out.trim_end()).join(file))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o44, 0o44, "{file}");
+    }
+}
+
+#[test]
+fn folders_that_are_there_keep_their_modes_in_the_node_and_here() {
+    let scripts = Scripts::new();
+    // As mktemp makes it; a checkout may lie in /tmp.
+    let (files, results) = (scripts.path("files"), scripts.path("results"));
+    fs::create_dir_all(files.join("tmp/checkout")).unwrap();
+    fs::create_dir(files.join("empty")).unwrap();
+    fs::write(files.join("tmp/checkout/file"), "").unwrap();
+    fs::create_dir(&results).unwrap();
+    fs::set_permissions(&files, fs::Permissions::from_mode(0o700)).unwrap();
+    fs::set_permissions(&results, fs::Permissions::from_mode(0o1777)).unwrap();
+    let (from, to) = (files.to_str().unwrap(), results.to_str().unwrap());
+    let stat = "stat -c %a .. ../tmp ../tmp/checkout ../empty; echo >results/file";
+    let said = scripts.run(&["--files", from, "--results", to, "sh", "-c", stat]);
+    said.assert_ends(0);
+    assert_eq!(said.out, "755\n1777\n755\n755\n");
+    assert!(results.join("file").is_file());
+    assert_eq!(fs::metadata(&results).unwrap().permissions().mode() & 0o7777, 0o1777);
+}
+
+#[test]
 fn output_is_streamed() {
     let scripts = Scripts::new();
     let go = scripts.path("go");
@@ -857,6 +974,26 @@ fn a_node_that_hangs_is_given_up() {
     // Its command is done, so its status counts.
     power_off.assert_ends(3);
     assert_eq!(power_off.out, "said\n");
+    scripts.assert_clean();
+}
+
+#[test]
+fn a_node_that_fills_the_disk_is_given_up_with_what_to_set() {
+    let scripts = Scripts::new();
+    let (begun, small) = (scripts.path("begun"), scripts.path("small"));
+    fs::create_dir(&small).unwrap();
+    tmpfs(&small, "size=8g");
+    let mut command = scripts.script("run", &["--timeout", "1", "true"]);
+    command
+        .env("FAKE", "hangs-in-boot")
+        .env("LXCRI_NODE_BOOT_TIMEOUT", "2")
+        .env("TMPDIR", &small);
+    let run = scripts.start(&mut command);
+    until("the boot begins", || begun.exists());
+    let (none, full): (Option<&str>, _) = (None, Some("size=1m"));
+    mount(none, &small, none, MsFlags::MS_REMOUNT, full).unwrap();
+    run.end().assert_fails(&["no space left in", "/small", "set TMPDIR"]);
+    umount2(&small, MntFlags::MNT_DETACH).unwrap();
     scripts.assert_clean();
 }
 
@@ -935,6 +1072,23 @@ fn what_a_killed_run_left_is_removed_by_the_next_one_and_nothing_of_those_that_l
     send(&living, Signal::SIGTERM, false);
     living.end().assert_ends(143);
     scripts.assert_clean();
+}
+
+#[test]
+fn a_killed_run_whose_output_nobody_reads_leaves_no_process() {
+    let scripts = Scripts::new();
+    let begun = scripts.path("begun");
+    // A pipe that is open for reading as long as somebody has it.
+    let unread = "mkfifo $1/pipe && exec 3<>$1/pipe && exec $0 sh -c \"touch $1/begun; exec cat /dev/zero\" >&3";
+    let mut command = scripts.command("bash");
+    command
+        .args(["-c", unread])
+        .args([&scripts.path("checkout/tests/node/run"), &scripts.folder]);
+    let run = scripts.start(&mut command);
+    until("the command begins", || begun.exists());
+    send(&run, Signal::SIGKILL, false);
+    run.end().assert_ends(137);
+    scripts.eventually_no_process();
 }
 
 #[test]
@@ -1042,6 +1196,137 @@ fn the_suites_end_the_test_as_they_ended_and_leave_nothing() {
     said.assert_ends(7);
     assert!(said.out.contains("suites\n"), "{said:?}");
     scripts.assert_clean();
+}
+
+#[test]
+fn tests_that_do_not_compile_end_the_test_with_the_compilers_words() {
+    let scripts = Scripts::new();
+    // As cargo does: JSON swallows the words unless it is asked to render them.
+    scripts.program(
+        "bin/cargo",
+        "#!/bin/sh\ncase $* in *=json-render-diagnostics*) exec >&2 ;; esac\necho 'error[E0308]: mismatched types'\nexit 101\n",
+    );
+    let said = scripts.start(&mut scripts.script("test", &[])).end();
+    said.assert_fails(&["cargo test", "failed"]);
+    assert!(said.err.contains("mismatched types"), "{said:?}");
+    scripts.assert_clean();
+}
+
+#[test]
+fn the_suites_find_the_checkout_whose_target_folder_is_elsewhere() {
+    let scripts = Scripts::new();
+    scripts.program("bin/cargo", CARGO);
+    scripts.program("bin/strip", "#!/bin/sh\n");
+    scripts.program(
+        "checkout/tests/node/guest/suites",
+        "#!/bin/sh\ncd ..$(cat checkout) && echo here\n",
+    );
+    let said = scripts.start(&mut scripts.script("test", &[])).end();
+    said.assert_ends(0);
+    assert!(said.out.starts_with("here\n"), "{said:?}");
+}
+
+#[test]
+fn tests_at_the_same_time_have_results_of_their_own() {
+    let scripts = Scripts::new();
+    scripts.program("bin/cargo", CARGO);
+    scripts.program("bin/strip", "#!/bin/sh\n");
+    let all = scripts.folder.display();
+    // None goes on before both are there.
+    scripts.program(
+        "checkout/tests/node/guest/suites",
+        &format!(
+            "#!/bin/sh\ntouch {all}/here.$1; until [ $(ls {all} | grep -c ^here) = 2 ]; do sleep 0.01; done\necho time of $1 >results/times\n"
+        ),
+    );
+    let tests = ["one", "two"].map(|lane| scripts.start(&mut scripts.script("test", &[lane])));
+    for (lane, test) in ["one", "two"].into_iter().zip(tests) {
+        let said = test.end();
+        said.assert_ends(0);
+        assert!(said.out.contains(&format!("time of {lane}\n")), "{said:?}");
+    }
+    scripts.assert_clean();
+}
+
+/// The node's own suites, with programs in place of the node's and of cargo's; `programs` are name and script of each test program.
+fn with_suites(programs: &[(&str, &str)]) -> Scripts {
+    let scripts = Scripts::new();
+    let original = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/node/guest/suites");
+    scripts.program(
+        "checkout/tests/node/guest/suites",
+        &fs::read_to_string(original).unwrap(),
+    );
+    for name in ["strip", "modprobe", "zpool", "systemd-detect-virt"] {
+        scripts.program(&format!("bin/{name}"), "#!/bin/sh\n");
+    }
+    scripts.program(
+        "bin/systemd-run",
+        "#!/bin/bash\nwhile [[ $1 == -* ]]; do case $1 in --unit | --setenv | --property | --working-directory) shift ;; esac; shift; done\nexec \"$@\"\n",
+    );
+    let mut cargo = "#!/bin/sh\n".to_string();
+    for (name, program) in programs {
+        let path = format!("built/{name}");
+        scripts.program(&path, &format!("#!/bin/bash\n{program}\n"));
+        cargo += &format!(
+            "echo '{{\"target\":{{\"name\":\"{name}\"}},\"profile\":{{\"test\":true}},\"executable\":\"{}\"}}'\n",
+            scripts.path(&path).display()
+        );
+    }
+    scripts.program("bin/cargo", &cargo);
+    scripts
+}
+
+const PASSES: &str = r#"[[ "a_test" != *"${1:-}"* ]] || { echo "test result: ok. 1 passed; 0 failed; 0 ignored"; exit; }
+echo "test result: ok. 0 passed; 0 failed; 0 ignored""#;
+
+#[test]
+fn what_did_not_run_in_the_node_is_no_success() {
+    let programs = [("containerd", PASSES), ("cri", PASSES), ("node_scripts", "exit 1")];
+    let test = |scripts: &Scripts, arguments: &[&str]| {
+        let said = scripts.start(&mut scripts.script("test", arguments)).end();
+        scripts.assert_clean();
+        said
+    };
+    let fails = |said: Said, words: &[&str]| {
+        said.assert_ends(1);
+        for word in words {
+            assert!(said.out.contains(word), "{word:?} is not in {}", said.out);
+        }
+    };
+    let scripts = with_suites(&programs);
+    let said = test(&scripts, &["containerd-2"]);
+    said.assert_ends(0);
+    assert!(said.out.contains("all tests passed"), "{said:?}");
+    assert!(said.out.contains("containerd-2| ==> containerd-2: cri"), "{said:?}");
+    test(&scripts, &["containerd-2", "--", "a_t"]).assert_ends(0);
+    fails(
+        test(&scripts, &["containerd-2", "--", "no_such"]),
+        &["no_such", "no test ran"],
+    );
+
+    // A test program that nobody put into a lane.
+    let scripts = with_suites(&[("containerd", PASSES), ("cri", PASSES), ("new_tests", PASSES)]);
+    fails(test(&scripts, &["containerd-2"]), &["new_tests", "no lane runs it"]);
+    // One that was not brought.
+    let scripts = with_suites(&[("containerd", PASSES)]);
+    fails(test(&scripts, &["containerd-2"]), &["containerd-2: cri", "FAILED"]);
+    // One that takes its lane with it.
+    let scripts = with_suites(&[("containerd", "kill -KILL $PPID"), ("cri", PASSES)]);
+    fails(
+        test(&scripts, &["containerd-2"]),
+        &["containerd-2: cri", "did not run to its end"],
+    );
+}
+
+#[test]
+fn suites_that_are_not_in_time_end_with_the_summary_of_those_that_were() {
+    let scripts = with_suites(&[("containerd", PASSES), ("cri", "sleep 1000")]);
+    let mut command = scripts.script("test", &["containerd-2"]);
+    let said = scripts.start(command.env("LXCRI_NODE_TIMEOUT", "3")).end();
+    said.assert_ends(124);
+    for words in ["1 passed", "containerd-2: cri", "did not run to its end", "suites  "] {
+        assert!(said.out.contains(words), "{words:?} is not in {}", said.out);
+    }
 }
 
 #[test]
