@@ -86,7 +86,7 @@ echo up >/dev/fd/6
 mapfile -d '' -t command <command
 echo begin >/dev/fd/6
 [ "${FAKE:-}" != hangs-in-command ] || exec sleep 1000
-timeout "$(cat timeout)" "${command[@]/#\/node\//./}" </dev/null >/dev/fd/5 2>&1
+setpriv --pdeathsig KILL timeout "$(cat timeout)" "${command[@]/#\/node\//./}" </dev/null >/dev/fd/5 2>&1
 status=$?
 tar --create --file "$results" -C results .
 echo "exit $status" >/dev/fd/6
@@ -1017,9 +1017,12 @@ fn an_interrupted_run_leaves_nothing() {
         let run = scripts.start(&mut scripts.script(
             "run",
             &[
+                "setpriv",
+                "--pdeathsig",
+                "KILL",
                 "sh",
                 "-c",
-                &format!("echo part; touch {}; exec cat /dev/zero", begun.display()),
+                &format!("echo part; touch {}; exec sleep 1000", begun.display()),
             ],
         ));
         until("the command begins", || begun.exists());
@@ -1079,7 +1082,8 @@ fn a_killed_run_whose_output_nobody_reads_leaves_no_process() {
     let scripts = Scripts::new();
     let begun = scripts.path("begun");
     // A pipe that is open for reading as long as somebody has it.
-    let unread = "mkfifo $1/pipe && exec 3<>$1/pipe && exec $0 sh -c \"touch $1/begun; exec cat /dev/zero\" >&3";
+    let unread = "mkfifo $1/pipe && exec 3<>$1/pipe && exec $0 \\
+        setpriv --pdeathsig KILL sh -c \"head -c 1000000 /dev/zero; touch $1/begun; exec sleep 1000\" >&3";
     let mut command = scripts.command("bash");
     command
         .args(["-c", unread])
@@ -1260,6 +1264,10 @@ fn with_suites(programs: &[(&str, &str)]) -> Scripts {
         scripts.program(&format!("bin/{name}"), "#!/bin/sh\n");
     }
     scripts.program(
+        "bin/containerd",
+        "#!/bin/sh\necho containerd containerd.io/containerd/v2 2.1.9~ds1 12345\n",
+    );
+    scripts.program(
         "bin/systemd-run",
         "#!/bin/bash\nwhile [[ $1 == -* ]]; do case $1 in --unit | --setenv | --property | --working-directory) shift ;; esac; shift; done\nexec \"$@\"\n",
     );
@@ -1302,6 +1310,16 @@ fn what_did_not_run_in_the_node_is_no_success() {
     fails(
         test(&scripts, &["containerd-2", "--", "no_such"]),
         &["no_such", "no test ran"],
+    );
+
+    // Another containerd than the lane is for.
+    fails(
+        test(&scripts, &["systemd"]),
+        &[
+            "the lane systemd is for containerd 1.7",
+            "systemd: cri",
+            "did not run to its end",
+        ],
     );
 
     // A test program that nobody put into a lane.

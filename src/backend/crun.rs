@@ -741,7 +741,9 @@ fn classify(id: &str, status: u32, errors: &[String]) -> Error {
             "exec: {program:?}: executable file not found in $PATH: no such file or directory"
         ));
     }
-    if starts("open executable: ") || starts("the path `") && message.contains("` is not a regular file") {
+    if starts("open executable: ")
+        || starts("the path `") && (has("` is not a regular file") || has("` exists but it is not executable"))
+    {
         return Error::invalid(format!("{message}: the program is not an executable file"));
     }
     if starts("cgroups in hybrid mode not supported") {

@@ -77,6 +77,8 @@ fn stock(ignored: &[PathBuf]) -> BTreeSet<String> {
         found.insert(format!("cgroup {}", cgroup.display()));
     }
     let mut ignored = ignored.to_vec();
+    // What CRIU has learned about the kernel, for the next time.
+    ignored.push("/run/criu.kdat".into());
     if universe::by_systemd() {
         ignored.extend(SYSTEMDS.map(PathBuf::from));
         // Scopes and slices that it made for containers.

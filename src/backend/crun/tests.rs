@@ -246,6 +246,12 @@ fn the_reasons_of_crun_1_8_1_have_their_kinds() {
         ),
         (
             1,
+            r#"{"msg":"the path `/noexec` exists but it is not executable: Operation not permitted","level":"error","time":"2026-11-23T12:50:41.803114Z"}"#,
+            Kind::InvalidArgument,
+            "the path `/noexec` exists but it is not executable: Operation not permitted: the program is not an executable file",
+        ),
+        (
+            1,
             r#"{"msg":"could not load `libcriu.so.2`","level":"error","time":"2026-11-23T09:12:41.016624Z"}"#,
             Kind::Unimplemented,
             "could not load `libcriu.so.2`: crun loads this library of CRIU for checkpoints; install libcriu2",
@@ -540,7 +546,7 @@ fn an_exec_tells_its_exit_and_a_missing_program_is_named() {
                         "exec: \"/nosuch\": executable file not found in $PATH: no such file",
                     ),
                     ("/bin", "the program is not an executable file"),
-                    ("/noexec", "Permission denied"),
+                    ("/noexec", "the program is not an executable file"),
                 ] {
                     let error = node.exec(&[program]).await.err().unwrap();
                     assert_eq!(error.kind(), Kind::InvalidArgument, "{error}");
