@@ -122,6 +122,8 @@ impl Scripts {
         scripts.program("bin/qemu-system-x86_64", QEMU);
         scripts.program("bin/qemu-img", "#!/bin/bash\n: >\"${@: -1}\"\n");
         scripts.program("bin/debootstrap", "#!/bin/sh\nexit 1\n");
+        // The build of the release.
+        scripts.program("bin/make", "#!/bin/sh\n");
         scripts
     }
 
@@ -1284,7 +1286,7 @@ fn with_suites(programs: &[(&str, &str)]) -> Scripts {
     scripts
 }
 
-const PASSES: &str = r#"[[ "a_test" != *"${1:-}"* ]] || { echo "test result: ok. 1 passed; 0 failed; 0 ignored"; exit; }
+const PASSES: &str = r#"[[ "ctr::a_test" != *"${1:-}"* ]] || { echo "test result: ok. 1 passed; 0 failed; 0 ignored"; exit; }
 echo "test result: ok. 0 passed; 0 failed; 0 ignored""#;
 
 #[test]
@@ -1320,6 +1322,13 @@ fn what_did_not_run_in_the_node_is_no_success() {
             "systemd: cri",
             "did not run to its end",
         ],
+    );
+
+    // What a lane is about has another name now.
+    let scripts = with_suites(&[("containerd", &PASSES.replace("ctr::", "new::")), ("cri", PASSES)]);
+    fails(
+        test(&scripts, &["containerd-2"]),
+        &["containerd-2: containerd", "none of its tests ran"],
     );
 
     // A test program that nobody put into a lane.
