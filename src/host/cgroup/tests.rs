@@ -2,6 +2,7 @@
 //! show.
 
 use std::{
+    ffi::CString,
     fs,
     io::{Read, Write},
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
@@ -247,8 +248,18 @@ fn missing(what: &str) {
     assert!(std::env::var_os("CI").is_none(), "this machine lacks {what}");
 }
 
-/// A mount of cgroup2 that is in nobody's tree.
+/// A mount of cgroup2 that is in nobody's tree, with the flags of those that are: the hierarchy has one set, and takes the last mount's.
 fn mount_cgroup2() -> OwnedFd {
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let flags: Vec<CString> = mountinfo
+        .lines()
+        .find_map(|line| line.split_once(" - cgroup2 "))
+        .and_then(|(_, source_and_flags)| source_and_flags.split_once(' '))
+        .map_or("", |(_, flags)| flags)
+        .split(',')
+        .filter(|flag| !["", "rw", "ro"].contains(flag))
+        .map(|flag| CString::new(flag).unwrap())
+        .collect();
     let fd = |rc: libc::c_long| {
         assert!(rc >= 0, "{}", std::io::Error::last_os_error());
         // SAFETY: a descriptor that the kernel has just handed out.
@@ -257,8 +268,22 @@ fn mount_cgroup2() -> OwnedFd {
     // SAFETY: the strings end with NUL and live during the calls.
     unsafe {
         let context = fd(libc::syscall(libc::SYS_fsopen, c"cgroup2".as_ptr(), 1));
-        let create = 6;
+        let (set_flag, create) = (0, 6);
         let null = std::ptr::null::<libc::c_char>();
+        for flag in &flags {
+            assert_eq!(
+                libc::syscall(
+                    libc::SYS_fsconfig,
+                    context.as_raw_fd(),
+                    set_flag,
+                    flag.as_ptr(),
+                    null,
+                    0
+                ),
+                0,
+                "{flag:?}"
+            );
+        }
         assert_eq!(
             libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), create, null, null, 0),
             0
