@@ -617,7 +617,7 @@ disabled_plugins = [{disabled}"io.containerd.snapshotter.v1.aufs", "io.container
 [grpc]
 address = "{FOLDER}/c.sock"
 [debug]
-level = "debug"
+level = "trace"
 [plugins."io.containerd.internal.v1.opt"]
 path = "{FOLDER}/opt"
 [plugins."io.containerd.grpc.v1.cri"]
