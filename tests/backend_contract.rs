@@ -1174,7 +1174,7 @@ fn a_client_deadline_in_the_middle_of_a_call_never_leaves_half_a_container() {
             until(name, opens).await;
         };
         let request = pod.create_request(&a, &Io::none());
-        let short = patience(1);
+        let short = patience(1) / 5;
         let answer = pod
             .call_bounded::<_, api::CreateTaskResponse>("Create", &request, short)
             .await;

@@ -8,6 +8,7 @@ use containerd_client::tonic::Code;
 use k8s_cri::v1::{ContainerMetadata, ContainerState, LinuxContainerResources, NamespaceMode};
 
 use support::{
+    Node,
     cri::{HANDLER, namespaces, user},
     cri_node, leaks, until,
     websocket::{RESIZE, STATUS, STDERR, STDIN, STDOUT},
@@ -333,6 +334,15 @@ fn a_missing_program_is_named_in_the_error_and_in_the_status() {
     });
 }
 
+/// Waits until a containerd that was started again answers the kubelet.
+async fn cri_recovers(node: &Node) {
+    until("CRI has recovered", async || {
+        let request = node.request(k8s_cri::v1::VersionRequest::default());
+        node.cri().version(request).await.ok().map(drop)
+    })
+    .await;
+}
+
 #[test]
 fn containerd_dies_and_its_pods_do_not() {
     cri_node(async |node| {
@@ -355,11 +365,7 @@ fn containerd_dies_and_its_pods_do_not() {
         })
         .await;
         node.start_containerd().await;
-        until("CRI has recovered", async || {
-            let request = node.request(k8s_cri::v1::VersionRequest::default());
-            node.cri().version(request).await.ok().map(drop)
-        })
-        .await;
+        cri_recovers(node).await;
         assert!(pod.is_ready().await);
         assert_eq!(stays.status().await.state(), ContainerState::ContainerRunning);
         assert_eq!(ends.exited().await.exit_code, 9);
@@ -386,11 +392,7 @@ fn pods_run_on_through_a_restart_of_containerd() {
         main.logs("up").await;
         let before = node.shims();
         node.restart_containerd().await;
-        until("CRI has recovered", async || {
-            let request = node.request(k8s_cri::v1::VersionRequest::default());
-            node.cri().version(request).await.ok().map(drop)
-        })
-        .await;
+        cri_recovers(node).await;
         assert!(pod.is_ready().await);
         assert_eq!(main.status().await.state(), ContainerState::ContainerRunning);
         assert_eq!(main.ask("echo still here").await, "still here\n");

@@ -1233,6 +1233,42 @@ fn the_suites_find_the_checkout_whose_target_folder_is_elsewhere() {
 }
 
 #[test]
+fn the_shim_in_the_node_is_the_release() {
+    let scripts = Scripts::new();
+    scripts.program("built/shim", "#!/bin/sh\necho debug\n");
+    let shim = scripts.path("built/shim");
+    scripts.program(
+        "bin/cargo",
+        &format!(
+            "{CARGO}echo '{{\"target\":{{\"name\":\"shim\"}},\"profile\":{{\"test\":false}},\"executable\":\"{}\"}}'\n",
+            shim.display()
+        ),
+    );
+    scripts.program("bin/strip", "#!/bin/sh\n");
+    // Where the tests look for it.
+    scripts.program(
+        "checkout/tests/node/guest/suites",
+        "#!/bin/sh\n..$(readlink bin/shim)\n",
+    );
+    scripts.program(
+        "bin/make",
+        "#!/bin/sh\nmkdir -p target/release && printf '#!/bin/sh\\necho release\\n' >target/release/shim\n",
+    );
+    let said = scripts.start(&mut scripts.script("test", &[])).end();
+    said.assert_ends(0);
+    assert!(said.out.starts_with("release\n"), "{said:?}");
+
+    // Never the debug build in its place.
+    fs::remove_file(scripts.path("checkout/target/release/shim")).unwrap();
+    scripts.program("bin/make", "#!/bin/sh\n");
+    scripts
+        .start(&mut scripts.script("test", &[]))
+        .end()
+        .assert_fails(&["failed"]);
+    scripts.assert_clean();
+}
+
+#[test]
 fn tests_at_the_same_time_have_results_of_their_own() {
     let scripts = Scripts::new();
     scripts.program("bin/cargo", CARGO);

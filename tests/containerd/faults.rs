@@ -2,26 +2,30 @@
 
 use containerd_client::tonic::Code;
 
-use crate::support::{events::Events, leaks, node, until};
+use crate::support::{Node, events::Events, leaks, node, task::Task, until};
 
 /// What Go's shim leaves when it is killed.
 const SOCKET: &str = "socket /run/containerd/s/";
 
 /// SIGKILL, SIGTERM, … to a process of the universe.
 fn send(pid: u32, signal: i32) {
-    // SAFETY: the pid is of the tests' private pid namespace.
+    // SAFETY: plain system call; the pid is that of a container or shim of the test.
     let result = unsafe { libc::kill(pid as i32, signal) };
     assert_eq!(result, 0, "kill {pid}: {}", std::io::Error::last_os_error());
+}
+
+/// Answers each line of its stdin, and ends with 5 when there is no more.
+async fn talker(node: &Node) -> Task<'_> {
+    node.sh("talker", "while read line; do echo got $line; done; exit 5")
+        .stdin()
+        .start()
+        .await
 }
 
 #[test]
 fn containerd_dies_and_finds_its_containers_again() {
     node(async |node| {
-        let talker = node
-            .sh("talker", "while read line; do echo got $line; done; exit 5")
-            .stdin()
-            .start()
-            .await;
+        let talker = talker(node).await;
         let ender = node
             .sh("ender", "trap 'exit 9' TERM; echo ready; while :; do sleep 0.01; done")
             .start()
@@ -93,11 +97,7 @@ fn containerd_dies_and_finds_its_containers_again() {
 #[test]
 fn containers_run_on_through_a_restart_of_containerd() {
     node(async |node| {
-        let talker = node
-            .sh("talker", "while read line; do echo got $line; done; exit 5")
-            .stdin()
-            .start()
-            .await;
+        let talker = talker(node).await;
         let mut stdin = talker.io.stdin().await;
         let shims = node.shims();
         node.restart_containerd().await;

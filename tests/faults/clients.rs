@@ -110,9 +110,8 @@ fn starts_that_nobody_waits_for_come_to_their_end() {
             };
             let held = given_up!(pod, gate, leaving, "Start", api::StartResponse, start(""));
             drop(held);
-            while pod.status("a").await != Status::RUNNING {
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
+            daemon.hears("start a").await;
+            assert_eq!(pod.status("a").await, Status::RUNNING);
             assert_eq!(pod.connect("a").await.unwrap(), pid);
             let exec_gate = stub.holds_before("exec");
             pod.exec("a", "e1", &process(&FOREVER), &Io::none()).await.unwrap();

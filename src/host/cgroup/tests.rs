@@ -250,12 +250,14 @@ fn missing(what: &str) {
 
 /// A mount of cgroup2 that is in nobody's tree, with the flags of those that are: the hierarchy has one set, and takes the last mount's.
 fn mount_cgroup2() -> OwnedFd {
-    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let flags: Vec<CString> = mountinfo
-        .lines()
-        .find_map(|line| line.split_once(" - cgroup2 "))
-        .and_then(|(_, source_and_flags)| source_and_flags.split_once(' '))
-        .map_or("", |(_, flags)| flags)
+    let flags_of_the_machine = || {
+        let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mut mounts = mountinfo.lines().filter_map(|line| line.split_once(" - cgroup2 "));
+        let flags = mounts.next().and_then(|(_, rest)| rest.split_once(' '));
+        flags.map_or(String::new(), |(_, flags)| flags.to_owned())
+    };
+    let before = flags_of_the_machine();
+    let flags: Vec<CString> = before
         .split(',')
         .filter(|flag| !["", "rw", "ro"].contains(flag))
         .map(|flag| CString::new(flag).unwrap())
@@ -288,6 +290,7 @@ fn mount_cgroup2() -> OwnedFd {
             libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), create, null, null, 0),
             0
         );
+        assert_eq!(flags_of_the_machine(), before);
         fd(libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), 1, 0))
     }
 }
