@@ -102,6 +102,7 @@ fn starts_that_nobody_waits_for_come_to_their_end() {
         for leaving in BOTH {
             let (mut pod, a) = pod(daemon, stub, &FOREVER).await;
             let pid = pod.create(&a, &Io::none()).await.unwrap();
+            let before = daemon.told().len();
             let gate = stub.holds_before("start");
             let start = |exec: &str| api::StartRequest {
                 id: "a".into(),
@@ -110,7 +111,7 @@ fn starts_that_nobody_waits_for_come_to_their_end() {
             };
             let held = given_up!(pod, gate, leaving, "Start", api::StartResponse, start(""));
             drop(held);
-            daemon.hears("start a").await;
+            daemon.hears_after(before, "start a").await;
             assert_eq!(pod.status("a").await, Status::RUNNING);
             assert_eq!(pod.connect("a").await.unwrap(), pid);
             let exec_gate = stub.holds_before("exec");

@@ -127,6 +127,7 @@ fn a_hook_that_hangs_in_create_ends_with_it() {
 fn a_start_that_hangs_leaves_the_container_as_it_truly_is() {
     fault(async |daemon, stub| {
         for after in [false, true] {
+            let before = daemon.told().len();
             let (mut pod, a) = pod(daemon, stub, &shell("touch /ran; exec sleep 100000")).await;
             pod.options = stub.options(SHORT);
             let pid = pod.create(&a, &Io::none()).await.unwrap();
@@ -140,7 +141,7 @@ fn a_start_that_hangs_leaves_the_container_as_it_truly_is() {
             stub.heal();
             if after {
                 assert_eq!(pod.status("a").await, Status::RUNNING);
-                assert!(daemon.hears("start a").await.contains(&"create a".into()));
+                assert_eq!(daemon.hears_after(before, "start a").await, ["create a", "start a"]);
                 refused(
                     pod.start_process("a", "").await,
                     Code::FAILED_PRECONDITION,

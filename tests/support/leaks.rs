@@ -54,6 +54,65 @@ impl Baseline {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
+
+    /// Takes away what is there now and was not before, as far as it can: a test that failed is not to fail those after it.
+    pub(crate) fn clear_away(&self) {
+        let before = |process: &Process| self.found.contains(&process.to_string());
+        kill_all(|process| !before(process), || ());
+        let left = self.leftovers();
+        let of = |kind: &str| {
+            let kind = format!("{kind} ");
+            left.iter()
+                .filter_map(move |thing| thing.strip_prefix(&kind).map(str::to_string))
+        };
+        for mount in of("mount") {
+            let target = mount.split(" (").next().unwrap_or_default();
+            let target = std::ffi::CString::new(target).unwrap_or_default();
+            // SAFETY: a valid C string.
+            unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
+        }
+        for cgroup in universe::cgroups_named(&universe::token()) {
+            if left.contains(&format!("cgroup {}", cgroup.display())) {
+                let _ = fs::remove_dir(cgroup);
+            }
+        }
+        for file in ["socket", "fifo", "file"].into_iter().flat_map(of) {
+            let _ = fs::remove_file(file);
+        }
+        let mut folders: Vec<_> = of("folder").collect();
+        folders.sort_unstable();
+        for folder in folders.iter().rev() {
+            let _ = fs::remove_dir(folder);
+        }
+    }
+}
+
+/// Kills the processes of the universe that `chosen` picks until none of them lives any more, for a bounded time. `reap` is called
+/// again and again meanwhile.
+pub(crate) fn kill_all(chosen: impl Fn(&Process) -> bool, mut reap: impl FnMut()) {
+    let end = Instant::now() + *SETTLE;
+    loop {
+        for cgroup in universe::cgroups_named("lx") {
+            // A frozen process does not die.
+            for (file, thawed) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
+                if cgroup.join(file).exists() {
+                    let _ = fs::write(cgroup.join(file), thawed);
+                }
+            }
+        }
+        let mut left = processes();
+        left.retain(|process| process.pid != 1 && process.pid != std::process::id() && chosen(process));
+        for process in &left {
+            // SAFETY: every process of the private pid namespace was started by the tests; so was what a machine of the tests' own has
+            // besides its units.
+            unsafe { libc::kill(process.pid as i32, libc::SIGKILL) };
+        }
+        reap();
+        if left.iter().all(|process| process.command.ends_with(" Z]")) || Instant::now() > end {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 fn stock(ignored: &[PathBuf]) -> BTreeSet<String> {
@@ -65,7 +124,7 @@ fn stock(ignored: &[PathBuf]) -> BTreeSet<String> {
         if program == Some("containerd") && words.next() == Some("--config") {
             continue;
         }
-        found.insert(format!("process {} {}", process.pid, process.command));
+        found.insert(process.to_string());
     }
     for line in read("/proc/self/mountinfo").lines() {
         let mut fields = line.split(' ');
@@ -160,6 +219,12 @@ pub(crate) struct Process {
     pub(crate) parent: u32,
     /// Arguments joined by blanks, or the name in brackets when there are none.
     pub(crate) command: String,
+}
+
+impl std::fmt::Display for Process {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "process {} {}", self.pid, self.command)
+    }
 }
 
 /// Every process of the universe (all of them were started by the tests).

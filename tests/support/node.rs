@@ -688,30 +688,14 @@ fn tear_down() {
     if universe::by_systemd() {
         stop_unit();
     }
-    let end = Instant::now() + *SOON;
-    loop {
-        for cgroup in universe::cgroups_named("lx") {
-            // A frozen process does not die.
-            for (file, thawed) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
-                let file = File::options().write(true).open(cgroup.join(file));
-                let _ = file.and_then(|mut file| file.write_all(thawed.as_bytes()));
+    leaks::kill_all(
+        |_| true,
+        || {
+            if let Some(daemon) = daemon().as_mut() {
+                let _ = daemon.process.ended();
             }
-        }
-        let mut left = leaks::processes();
-        left.retain(|process| process.pid != 1 && process.pid != std::process::id());
-        for process in &left {
-            // SAFETY: every process of the private pid namespace was started by the tests; so was what a machine of the tests' own has
-            // besides its units.
-            unsafe { libc::kill(process.pid as i32, libc::SIGKILL) };
-        }
-        if let Some(daemon) = daemon().as_mut() {
-            let _ = daemon.process.ended();
-        }
-        if left.iter().all(|process| process.command.ends_with(" Z]")) || Instant::now() > end {
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
+        },
+    );
     *daemon() = None;
     for cgroup in universe::cgroups_named("lx") {
         let _ = fs::remove_dir(cgroup);

@@ -123,6 +123,14 @@ pub(crate) struct Daemon {
 
 static NUMBER: AtomicUsize = AtomicUsize::new(0);
 
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.baseline.clear_away();
+        }
+    }
+}
+
 impl Daemon {
     /// An event service that listens in a folder of its own.
     pub(crate) async fn new() -> Self {
@@ -179,10 +187,15 @@ impl Daemon {
 
     /// Waits until `told` was told, and returns everything.
     pub(crate) async fn hears(&self, told: &str) -> Vec<Told> {
+        self.hears_after(0, told).await
+    }
+
+    /// Waits until `told` was told after the first `known` events, and returns all that came after them.
+    pub(crate) async fn hears_after(&self, known: usize, told: &str) -> Vec<Told> {
         let mut all = self.inbox.told.subscribe();
-        let heard = tokio::time::timeout(*BOUND, all.wait_for(|all| all.iter().any(|one| one == told))).await;
-        match heard {
-            Ok(all) => all.unwrap().clone(),
+        let new = |all: &Vec<Told>| all[known..].iter().any(|one| one == told);
+        match tokio::time::timeout(*BOUND, all.wait_for(new)).await {
+            Ok(all) => all.unwrap()[known..].to_vec(),
             Err(_) => panic!("{told:?} was never told: {:?}", self.told()),
         }
     }
