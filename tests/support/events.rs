@@ -14,7 +14,10 @@ use containerd_client::{
 use prost::Message;
 use prost_types::Any;
 
-use super::node::{Node, SOON, until};
+use super::{
+    node::{Node, SOON, until},
+    patience::pause,
+};
 
 /// A task event, reduced to what tests compare.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -162,7 +165,7 @@ impl Events {
                 std::time::Instant::now() < end,
                 "the event did not come; these did: {events:#?}"
             );
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            tokio::time::sleep(pause()).await;
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What is there before and after: processes, mounts, cgroups, sockets, fifos, files, network namespaces.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap, HashSet},
     fs,
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
@@ -9,7 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{patience::patience, universe};
+use super::{
+    patience::{patience, pause},
+    universe,
+};
 
 /// How long leftovers may take to go by themselves: containerd removes snapshots' mounts and reaps shims in the background.
 static SETTLE: LazyLock<Duration> = LazyLock::new(|| patience(15));
@@ -51,7 +54,7 @@ impl Baseline {
             if Instant::now() > end {
                 panic!("left behind:\n  {}", left.join("\n  "));
             }
-            std::thread::sleep(Duration::from_millis(10));
+            std::thread::sleep(pause());
         }
     }
 
@@ -65,8 +68,14 @@ impl Baseline {
             left.iter()
                 .filter_map(move |thing| thing.strip_prefix(&kind).map(str::to_string))
         };
-        for mount in of("mount") {
-            let target = mount.split(" (").next().unwrap_or_default();
+        // Only where nothing was mounted before: what is told of a mount can change without it.
+        let target = |mount: &str| mount.split(" (").next().unwrap_or_default().to_string();
+        let mounts = self.found.iter().filter_map(|thing| thing.strip_prefix("mount "));
+        let known: BTreeSet<_> = mounts.map(target).collect();
+        for target in of("mount")
+            .map(|mount| target(&mount))
+            .filter(|target| !known.contains(target))
+        {
             let target = std::ffi::CString::new(target).unwrap_or_default();
             // SAFETY: a valid C string.
             unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
@@ -92,7 +101,7 @@ impl Baseline {
 pub(crate) fn kill_all(chosen: impl Fn(&Process) -> bool, mut reap: impl FnMut()) {
     let end = Instant::now() + *SETTLE;
     loop {
-        for cgroup in universe::cgroups_named("lx") {
+        for cgroup in universe::cgroups_named(&universe::token()) {
             // A frozen process does not die.
             for (file, thawed) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
                 if cgroup.join(file).exists() {
@@ -111,7 +120,7 @@ pub(crate) fn kill_all(chosen: impl Fn(&Process) -> bool, mut reap: impl FnMut()
         if left.iter().all(|process| process.command.ends_with(" Z]")) || Instant::now() > end {
             return;
         }
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::sleep(pause());
     }
 }
 
@@ -129,7 +138,11 @@ fn stock(ignored: &[PathBuf]) -> BTreeSet<String> {
     for line in read("/proc/self/mountinfo").lines() {
         let mut fields = line.split(' ');
         let target = fields.nth(4).unwrap_or_default();
-        let kind = line.split(" - ").nth(1).unwrap_or_default();
+        let mut kind = line.split(" - ").nth(1).unwrap_or_default();
+        if kind.starts_with("cgroup2 ") {
+            // Its options belong to the machine, not to a mount: the last one to mount it anywhere sets them, and CRIU does.
+            kind = "cgroup2";
+        }
         found.insert(format!("mount {target} ({kind})"));
     }
     for cgroup in universe::cgroups_named(&universe::token()) {
@@ -168,16 +181,29 @@ pub(crate) fn is_systemds(path: &Path) -> bool {
     universe::by_systemd() && SYSTEMDS.iter().any(|folder| path.starts_with(folder))
 }
 
-/// Whether a process of a machine that systemd runs is none of the tests': the kernel's, systemd's own or another unit's.
-fn is_the_machines(pid: u32, parent: u32) -> bool {
-    // Asked of every process, time and again.
+/// Takes out of the processes of a machine that systemd runs those that are none of these tests': the kernel's, and what descends from
+/// another unit, in its cgroup or not. Other tests that run at the same time in namespaces of their own are units as well.
+fn retain_the_tests(all: &mut Vec<Process>) {
+    // Asked time and again.
     static OWN: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
-    if pid == 2 || parent == 2 {
-        return true;
-    }
     let own = OWN.get_or_init(|| unit_of("self"));
-    let unit = unit_of(&pid.to_string());
-    unit.is_some_and(|unit| unit != "containerd.service" && Some(&unit) != own.as_ref())
+    let is_the_machines = |process: &Process| {
+        let kernels = process.pid == 2 || process.parent == 2;
+        let others = |unit: String| unit != "containerd.service" && Some(&unit) != own.as_ref();
+        kernels || unit_of(&process.pid.to_string()).is_some_and(others)
+    };
+    let parents: HashMap<u32, u32> = all.iter().map(|process| (process.pid, process.parent)).collect();
+    let machines: HashSet<u32> = all
+        .iter()
+        .filter(|one| is_the_machines(one))
+        .map(|one| one.pid)
+        .collect();
+    all.retain(|process| {
+        let mut line = std::iter::successors(Some(process.pid), |pid| parents.get(pid).copied());
+        // systemd is everybody's ancestor. Where a parent has ended meanwhile, so that the line does not lead there, it is not known
+        // whose process this is.
+        process.pid != 1 && line.find(|pid| *pid == 1 || machines.contains(pid)) == Some(1)
+    });
 }
 
 /// The unit of systemd that a process belongs to; `None` for what is in a slice of its own, as pods are.
@@ -240,9 +266,6 @@ pub(crate) fn processes() -> Vec<Process> {
             continue;
         };
         let parent = tail.split_whitespace().nth(1).and_then(|p| p.parse().ok()).unwrap_or(0);
-        if universe::by_systemd() && is_the_machines(pid, parent) {
-            continue;
-        }
         let arguments = read(entry.path().join("cmdline")).replace('\0', " ");
         let command = if arguments.is_empty() {
             let state = tail.split_whitespace().next().unwrap_or_default();
@@ -251,6 +274,9 @@ pub(crate) fn processes() -> Vec<Process> {
             arguments.trim_end().to_string()
         };
         all.push(Process { pid, parent, command });
+    }
+    if universe::by_systemd() {
+        retain_the_tests(&mut all);
     }
     all
 }

@@ -24,7 +24,7 @@ use super::{
     daemon::{Containerd, stop_unit},
     image::{self, Image},
     leaks::{self, Baseline},
-    patience::patience,
+    patience::{patience, pause},
     universe,
 };
 
@@ -485,7 +485,7 @@ pub(crate) async fn until<T>(what: &str, mut condition: impl AsyncFnMut() -> Opt
             return value;
         }
         assert!(Instant::now() < end, "not within {:?}: {what}", *SOON);
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        tokio::time::sleep(pause()).await;
     }
 }
 
@@ -697,7 +697,7 @@ fn tear_down() {
         },
     );
     *daemon() = None;
-    for cgroup in universe::cgroups_named("lx") {
+    for cgroup in universe::cgroups_named(&universe::token()) {
         let _ = fs::remove_dir(cgroup);
     }
     // Mounts first: what they hold is not the node's to remove.

@@ -13,3 +13,8 @@ static SLOWNESS: LazyLock<u64> = LazyLock::new(|| match std::env::var("LXCRI_TES
 pub(crate) fn patience(seconds: u64) -> Duration {
     Duration::from_secs(seconds * *SLOWNESS)
 }
+
+/// Between two looks at what is waited for: a look costs something, too.
+pub(crate) fn pause() -> Duration {
+    Duration::from_millis(5 * *SLOWNESS)
+}

@@ -29,7 +29,12 @@ use containerd_shim_protos::{
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::{image, leaks::Baseline, patience::patience, universe};
+use super::{
+    image,
+    leaks::Baseline,
+    patience::{patience, pause},
+    universe,
+};
 
 /// Bound of one RPC and of every wait; the machine may be busy.
 pub(crate) static BOUND: LazyLock<Duration> = LazyLock::new(|| patience(60));
@@ -907,7 +912,7 @@ pub(crate) async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) ->
             return seen;
         }
         assert!(tokio::time::Instant::now() < end, "never happened: {what}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
+        tokio::time::sleep(pause()).await;
     }
 }
 

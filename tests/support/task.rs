@@ -3,7 +3,6 @@
 use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
-    time::Duration,
 };
 
 use containerd_client::{
@@ -22,7 +21,10 @@ use prost_types::Any;
 use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt, net::unix::pipe};
 
-use super::node::{Node, RPC, SOON, until};
+use super::{
+    node::{Node, RPC, SOON, until},
+    patience::pause,
+};
 
 /// The type of a spec in containerd's store.
 const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
@@ -738,7 +740,7 @@ impl Output {
         let end = std::time::Instant::now() + *SOON;
         while !self.so_far().contains(text) {
             assert!(std::time::Instant::now() < end, "no {text:?} in {:?}", self.so_far());
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            tokio::time::sleep(pause()).await;
         }
     }
 
