@@ -601,7 +601,13 @@ fn configuration(cri: bool, runtime: &Runtime) -> String {
     let restrict = !holds_capability(24);
     let apparmor = fs::read_to_string("/sys/module/apparmor/parameters/enabled").unwrap_or_default();
     let no_apparmor = apparmor.trim() != "Y";
-    let systemd = format!("SystemdCgroup = {}", universe::by_systemd());
+    // The table's keys are the runtime's own.
+    let key = if runtime.is_ours() {
+        "systemd_cgroup"
+    } else {
+        "SystemdCgroup"
+    };
+    let systemd = format!("{key} = {}", universe::by_systemd());
     let snapshotter = snapshotter();
     let others = match snapshotter.as_str() {
         "zfs" => "",
