@@ -175,6 +175,10 @@ impl Node {
         let images = match known {
             Some(images) => images,
             None => {
+                if universe::by_systemd() && Path::new(FOLDER).exists() {
+                    // The node of the program before this one.
+                    tear_down();
+                }
                 let images = prepare(cri).unwrap_or_else(|e| panic!("cannot prepare {FOLDER}: {e}"));
                 *daemon() = Some(Daemon {
                     process: Containerd::start(),
