@@ -1298,7 +1298,7 @@ fn with_suites(programs: &[(&str, &str)]) -> Scripts {
         "checkout/tests/node/guest/suites",
         &fs::read_to_string(original).unwrap(),
     );
-    for name in ["strip", "modprobe", "zpool", "systemd-detect-virt"] {
+    for name in ["strip", "modprobe", "mount", "zpool", "systemd-detect-virt"] {
         scripts.program(&format!("bin/{name}"), "#!/bin/sh\n");
     }
     scripts.program(
@@ -1359,6 +1359,19 @@ fn what_did_not_run_in_the_node_is_no_success() {
             "did not run to its end",
         ],
     );
+
+    // A skip of what the node has; that it has no cgroup v1 is its nature.
+    for (skipped, fine) in [("lib::host::cgroup::v1", true), ("cri::a_test", false)] {
+        let skips = format!("echo \"SKIPPED {skipped}: no x\" >>\"$LXCRI_SKIP_LOG\"\n{PASSES}");
+        let said = test(
+            &with_suites(&[("containerd", &skips), ("cri", PASSES)]),
+            &["containerd-2"],
+        );
+        match fine {
+            true => said.assert_ends(0),
+            false => fails(said, &["SKIPPED cri::a_test: no x", "nothing may be skipped"]),
+        }
+    }
 
     // What a lane is about has another name now.
     let scripts = with_suites(&[("containerd", &PASSES.replace("ctr::", "new::")), ("cri", PASSES)]);
