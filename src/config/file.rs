@@ -120,13 +120,14 @@ pub(super) fn parse(text: &Text<'_>) -> Result<Document> {
 }
 
 /// Parses a text that holds our keys and no table: what CRI makes of a runtime's options table, or the file of
-/// `ctr run --runtime-config-path`.
+/// `ctr run --runtime-config-path`. runc's options keep working, under their names there and as runc's shim reads them: empty, zero
+/// and false are not set. A key of ours wins over one of theirs.
 ///
 /// # Errors
 /// `InvalidArgument` with origin, line and key.
 pub(super) fn parse_bare(text: &Text<'_>) -> Result<Layer> {
     let root = Table::parse(text)?;
-    let mut layer = Layer::default();
+    let (mut layer, mut of_runc) = (Layer::default(), Layer::default());
     for entry in root.entries() {
         match entry.key {
             // CRI hands on the whole options table, with the key that it reads itself.
@@ -138,9 +139,18 @@ pub(super) fn parse_bare(text: &Text<'_>) -> Result<Layer> {
                     super::DEFAULT_CONFIG_FILE
                 )));
             }
-            _ => entry.option(&mut layer)?,
+            name => match keys::of_runc(name) {
+                Some(Some(key)) if !entry.value().is_unset() => {
+                    entry.set(key, &mut of_runc)?;
+                    let binary = of_runc.crun_binary.as_deref().unwrap_or_default();
+                    keys::refuse_runc(binary).map_err(|problem| entry.error(&problem))?;
+                }
+                Some(_) => {}
+                None => entry.option(&mut layer)?,
+            },
         }
     }
+    keys::fill(&mut layer, of_runc);
     Ok(layer)
 }
 
@@ -235,7 +245,11 @@ impl<'a> Entry<'a> {
         let Some(key) = Key::find(self.key) else {
             return Err(keys::unknown(self.key, &place(self.text, self.start)));
         };
-        let value = match self.value {
+        self.set(key, layer)
+    }
+
+    fn value(&self) -> Value<'_> {
+        match self.value {
             DeValue::String(text) => Value::Text(text),
             DeValue::Boolean(flag) => Value::Flag(*flag),
             DeValue::Integer(digits) => match u64::from_str_radix(digits.as_str(), digits.radix()) {
@@ -243,9 +257,13 @@ impl<'a> Entry<'a> {
                 Err(_) => Value::Other("negative or too large integer"),
             },
             other => Value::Other(other.type_str()),
-        };
-        key.set(layer, value)
-            .map_err(|problem| self.error(&format!("{} {problem}", key.name)))
+        }
+    }
+
+    /// Sets `key` to the value, under whatever name that has here.
+    fn set(&self, key: &Key, layer: &mut Layer) -> Result<()> {
+        key.set(layer, self.value())
+            .map_err(|problem| self.error(&format!("{} {problem}", self.key)))
     }
 
     fn table(&self, name: &str) -> Result<Table<'a>> {

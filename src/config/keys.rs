@@ -28,6 +28,11 @@ pub(super) enum Value<'a> {
 }
 
 impl Value<'_> {
+    /// Whether it is what runc's options have where nothing was set.
+    pub(super) fn is_unset(&self) -> bool {
+        matches!(self, Self::Text("") | Self::Flag(false) | Self::Number(0))
+    }
+
     fn type_name(&self) -> &'static str {
         match self {
             Self::Text(_) => "string",
@@ -98,6 +103,41 @@ pub(super) static KEYS: [Key; 14] = [
     )),
     key(14, "crun_debug", Slot::Flag(|l| &mut l.crun_debug)),
 ];
+
+/// runc's options by their names in containerd's file, and our keys for them. Without one they decide nothing here: crun has CRIU as a
+/// library, and the rest is read by containerd itself.
+const OF_RUNC: [(&str, Option<&str>); 13] = [
+    ("BinaryName", Some("crun_binary")),
+    ("Root", Some("crun_root")),
+    ("SystemdCgroup", Some("systemd_cgroup")),
+    ("NoPivotRoot", Some("no_pivot_root")),
+    ("NoNewKeyring", Some("no_new_keyring")),
+    ("ShimCgroup", Some("shim_cgroup")),
+    ("IoUid", Some("io_uid")),
+    ("IoGid", Some("io_gid")),
+    ("CriuImagePath", Some("criu_image_path")),
+    ("CriuWorkPath", Some("criu_work_path")),
+    ("CriuPath", None),
+    ("TaskApiAddress", None),
+    ("TaskApiVersion", None),
+];
+
+/// Whether `name` is an option of runc in containerd's file, and the key that it sets.
+pub(super) fn of_runc(name: &str) -> Option<Option<&'static Key>> {
+    let (_, key) = OF_RUNC.iter().find(|(runcs, _)| *runcs == name)?;
+    Some(key.and_then(Key::find))
+}
+
+/// Refuses runc where it was named as the program: this runtime drives crun, and a silent exchange would hide it.
+pub(super) fn refuse_runc(binary: &str) -> Result<(), String> {
+    if Path::new(binary).file_name().is_some_and(|name| name == "runc") {
+        return Err(format!(
+            "BinaryName {} names runc, but this runtime runs containers by crun; leave BinaryName out, or set it to crun",
+            Quoted(binary)
+        ));
+    }
+    Ok(())
+}
 
 impl Key {
     /// The key of that name.

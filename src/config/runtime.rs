@@ -176,13 +176,7 @@ fn runc_layer(options: oci::Options) -> Result<Layer> {
     let text = |text: String| Some(text).filter(|text| !text.is_empty());
     let flag = |flag: bool| flag.then_some(true);
     let id = |id: u32| Some(id).filter(|id| *id != 0);
-    let program = Path::new(&options.binary_name).file_name();
-    if program.is_some_and(|name| name == "runc") {
-        return Err(Error::invalid(format!(
-            "BinaryName {} names runc, but this runtime runs containers by crun; leave BinaryName out, or set it to crun",
-            Quoted(&options.binary_name)
-        )));
-    }
+    keys::refuse_runc(&options.binary_name).map_err(Error::invalid)?;
     let mut layer = Layer {
         crun_binary: text(options.binary_name),
         crun_root: text(options.root),

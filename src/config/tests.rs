@@ -537,6 +537,50 @@ fn a_binary_name_of_runc_is_refused_and_one_of_crun_works() {
 }
 
 #[test]
+fn a_table_of_options_that_was_made_for_runc_keeps_working() {
+    // As runc's own shim reads them: empty, zero and false are not set; what is not listed decides nothing here.
+    let body = "TypeUrl = ''\nBinaryName = '/usr/bin/crun'\nRoot = '/run/crun-k8s'\nSystemdCgroup = true\nNoPivotRoot = true\n\
+                NoNewKeyring = true\nShimCgroup = '/shims'\nIoUid = 7\nIoGid = 8\nCriuImagePath = '/images'\nCriuWorkPath = '/work'\n\
+                CriuPath = '/usr/sbin/criu'\nTaskApiAddress = 'x'\nTaskApiVersion = 3\n";
+    let expected = Options {
+        crun_binary: "/usr/bin/crun".into(),
+        crun_root: "/run/crun-k8s".into(),
+        systemd_cgroup: true,
+        no_pivot_root: true,
+        no_new_keyring: true,
+        shim_cgroup: "/shims".into(),
+        io_uid: 7,
+        io_gid: 8,
+        criu_image_path: Some("/images".into()),
+        criu_work_path: Some("/work".into()),
+        ..Options::default()
+    };
+    assert_eq!(Given::body(body).resolve().unwrap(), expected);
+    let nothing = "BinaryName = ''\nRoot = ''\nSystemdCgroup = false\nIoUid = 0\nCriuImagePath = ''\n";
+    assert_eq!(Given::body(nothing).resolve().unwrap(), Options::default());
+
+    // A key of ours says what ours shall do, wherever it stands.
+    for body in [
+        "SystemdCgroup = true\nsystemd_cgroup = false\n",
+        "systemd_cgroup = false\nSystemdCgroup = true\n",
+    ] {
+        assert!(!Given::body(body).resolve().unwrap().systemd_cgroup, "{body}");
+    }
+    for (body, wanted) in [
+        ("IoUid = 1\nBinaryName = '/usr/sbin/runc'", "names runc"),
+        (
+            "IoUid = 1\nSystemdCgroup = 'yes'",
+            "line 2: SystemdCgroup must be true or false",
+        ),
+        ("IoUid = 1\nRoot = 'relative'", "line 2: Root must be an absolute path"),
+        ("systemdcgroup = true", "did you mean systemd_cgroup?"),
+    ] {
+        let refusal = Given::body(body).refusal();
+        assert!(refusal.contains(wanted), "{body}: {refusal}");
+    }
+}
+
+#[test]
 fn a_wrong_value_is_refused_with_its_key_wherever_it_stands() {
     let long = format!("\"/{}\"", "a".repeat(5000));
     let table = [
