@@ -46,3 +46,12 @@ pub mod host;
 pub mod rootfs;
 pub mod shim;
 pub mod task;
+
+// What unit tests have in common with the others.
+#[cfg(test)]
+#[path = "../tests/support/patience.rs"]
+#[allow(dead_code, reason = "each of the tests uses another part")]
+mod patience;
+#[cfg(test)]
+#[path = "../tests/support/skip.rs"]
+mod skip;

@@ -2,13 +2,21 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+/// The part of the harness that needs no containerd.
+#[path = "support"]
+mod support {
+    #![allow(dead_code, reason = "each test file uses another part of the harness")]
+
+    pub(crate) mod patience;
+}
+
 use std::{
     collections::HashMap,
     fs::File,
     io::Write,
     os::fd::OwnedFd,
     sync::{
-        Arc, Mutex,
+        Arc, LazyLock, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, SystemTime},
@@ -32,10 +40,11 @@ use proxmox_lxcri::{
         stdio,
     },
 };
+use support::patience::patience;
 use tokio::sync::Semaphore;
 
 /// Bound of every wait here: a test that reaches it has failed.
-const BOUND: Duration = Duration::from_secs(20);
+static BOUND: LazyLock<Duration> = LazyLock::new(|| patience(20));
 
 /// Holds a call until the test lets it go on, and tells the test that it has arrived.
 struct Gate {
@@ -319,7 +328,7 @@ impl World {
 }
 
 async fn bounded<T>(what: impl Future<Output = T>) -> T {
-    tokio::time::timeout(BOUND, what).await.expect("this must not hang")
+    tokio::time::timeout(*BOUND, what).await.expect("this must not hang")
 }
 
 /// Holds the stdout of a living process open, as a grandchild that outlives it does; its drain has to wait.
@@ -504,7 +513,7 @@ impl Stranger {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
         let folder = Cgroup::expected(Some(&self.name), false, "x").unwrap().unwrap();
-        folder.remove(BOUND).await.unwrap();
+        folder.remove(*BOUND).await.unwrap();
     }
 }
 

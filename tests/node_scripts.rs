@@ -1322,7 +1322,11 @@ fn with_suites(programs: &[(&str, &str)]) -> Scripts {
     scripts
 }
 
-const PASSES: &str = r#"[[ "ctr::a_test" != *"${1:-}"* ]] || { echo "test result: ok. 1 passed; 0 failed; 0 ignored"; exit; }
+const PASSES: &str = r#"if [[ "ctr::a_test" == *"${1:-}"* ]]; then
+    for word; do echo "test $word ... ok"; done
+    echo "test result: ok. 1 passed; 0 failed; 0 ignored"
+    exit
+fi
 echo "test result: ok. 0 passed; 0 failed; 0 ignored""#;
 
 #[test]
@@ -1380,6 +1384,15 @@ fn what_did_not_run_in_the_node_is_no_success() {
         &["containerd-2: containerd", "none of its tests ran"],
     );
 
+    let scripts = with_suites(&[
+        ("containerd", &PASSES.replace("for word;", "for word in ctr::;")),
+        ("cri", PASSES),
+    ]);
+    fails(
+        test(&scripts, &["containerd-2"]),
+        &["containerd-2: containerd", "no test is named stdio::output"],
+    );
+
     // A test program that nobody put into a lane.
     let scripts = with_suites(&[("containerd", PASSES), ("cri", PASSES), ("new_tests", PASSES)]);
     fails(test(&scripts, &["containerd-2"]), &["new_tests", "no lane runs it"]);
@@ -1403,6 +1416,44 @@ fn suites_that_are_not_in_time_end_with_the_summary_of_those_that_were() {
     for words in ["1 passed", "containerd-2: cri", "did not run to its end", "suites  "] {
         assert!(said.out.contains(words), "{words:?} is not in {}", said.out);
     }
+}
+
+#[test]
+fn no_more_lanes_run_at_once_than_there_are_processors() {
+    // In the checkout, where the suites run.
+    let alone = "mkdir busy || touch met\nsleep 0.05\nrmdir busy\n";
+    let with = |rest: &str| {
+        let program = format!("{alone}{rest}");
+        let scripts = with_suites(&["containerd", "cri", "backend_contract"].map(|name| (name, program.as_str())));
+        scripts.program("bin/nproc", "#!/bin/sh\necho 1\n");
+        scripts.program(
+            "bin/containerd",
+            "#!/bin/sh\ncase $PATH in /opt/containerd-2/*) v=2.1.9 ;; *) v=1.7.24 ;; esac\necho containerd x $v y\n",
+        );
+        scripts
+    };
+    let scripts =
+        with("for word; do echo \"test $word ... ok\"; done; echo \"test result: ok. 1 passed; 0 failed; 0 ignored\"");
+    let said = scripts
+        .start(&mut scripts.script("test", &["systemd", "containerd-2"]))
+        .end();
+    said.assert_ends(0);
+    assert!(!scripts.path("checkout/met").exists(), "{}", said.out);
+    for words in [
+        "systemd| ==> systemd: backend_contract",
+        "containerd-2| ==> containerd-2: cri",
+    ] {
+        assert!(said.out.contains(words), "{words:?} is not in {}", said.out);
+    }
+    scripts.assert_clean();
+
+    // One that waits for its turn has not run when the time is up.
+    let scripts = with("sleep 1000");
+    let mut command = scripts.script("test", &["systemd", "containerd-2"]);
+    let said = scripts.start(command.env("LXCRI_NODE_TIMEOUT", "3")).end();
+    said.assert_ends(124);
+    assert!(!said.out.contains("==> containerd-2"), "{}", said.out);
+    assert_eq!(said.out.matches("did not run to its end").count(), 5, "{}", said.out);
 }
 
 #[test]

@@ -1,6 +1,12 @@
 //! The real program, called as containerd calls it: `start`, `delete`, `-info`, `-v`.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+/// The part of the harness that needs no containerd.
+#[path = "support"]
+mod support {
+    pub(crate) mod patience;
+}
+
 use std::{
     collections::HashSet,
     ffi::OsStr,
@@ -12,6 +18,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
+    sync::LazyLock,
     thread,
     time::{Duration, Instant},
 };
@@ -22,9 +29,10 @@ use containerd_shim_protos::{
     protobuf::{Message, well_known_types::any::Any},
     types::introspection::RuntimeInfo,
 };
+use support::patience::{patience, pause};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_containerd-shim-proxmox-lxcri-v1");
-const BOUND: Duration = Duration::from_secs(20);
+static BOUND: LazyLock<Duration> = LazyLock::new(|| patience(20));
 
 /// A containerd of the test's own: an address that nobody else has, bundles, and an eye on what is left at the end.
 struct Daemon {
@@ -111,10 +119,10 @@ fn socket(address: &str) -> PathBuf {
 
 /// Waits for a condition of the outside world; fails when it does not come true.
 fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + BOUND;
+    let end = Instant::now() + *BOUND;
     while !condition() {
-        assert!(Instant::now() < end, "not within {BOUND:?}: {what}");
-        thread::yield_now();
+        assert!(Instant::now() < end, "not within {:?}: {what}", *BOUND);
+        thread::sleep(pause());
     }
 }
 

@@ -367,7 +367,7 @@ pub(crate) mod isolation {
             .enable_all()
             .build()
             .unwrap()
-            .block_on(async { tokio::time::timeout(std::time::Duration::from_secs(60), body).await })
+            .block_on(async { tokio::time::timeout(crate::patience::patience(60), body).await })
             .expect("a minute is enough for every test")
     }
 }

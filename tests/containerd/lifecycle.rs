@@ -22,6 +22,30 @@ fn the_output_and_the_exit_status_arrive() {
 }
 
 #[test]
+fn the_newest_task_service_that_the_daemon_knows_is_spoken() {
+    node(async |node| {
+        if !node.is_for_ours("chooses for itself") {
+            return;
+        }
+        let task = node.sh("spoken", "exec sleep 1000").start().await;
+        let bundle = node.bundle(&task.id);
+        // What containerd notes of a shim, to find it again: the address alone before 1.7.
+        let noted = std::fs::read(bundle.join("bootstrap.json")).ok();
+        let version = noted.map(|json| serde_json::from_slice::<serde_json::Value>(&json).unwrap()["version"].clone());
+        let expected = match node.release().await {
+            (1, ..=6) => {
+                assert!(bundle.join("address").exists());
+                None
+            }
+            (1, _) => Some(json!(2)),
+            _ => Some(json!(3)),
+        };
+        assert_eq!(version, expected, "containerd {:?}", node.release().await);
+        task.end().await;
+    });
+}
+
+#[test]
 fn fifty_containers_that_exit_at_once_tell_it_in_order_and_once() {
     node(async |node| {
         let events = Events::of(node).await;

@@ -60,7 +60,7 @@ impl Baseline {
 
     /// Takes away what is there now and was not before, as far as it can: a test that failed is not to fail those after it.
     pub(crate) fn clear_away(&self) {
-        let before = |process: &Process| self.found.contains(&process.to_string());
+        let before = |process: &Process| process.is_the_daemon() || self.found.contains(&process.to_string());
         kill_all(|process| !before(process), || ());
         let left = self.leftovers();
         let of = |kind: &str| {
@@ -72,10 +72,8 @@ impl Baseline {
         let target = |mount: &str| mount.split(" (").next().unwrap_or_default().to_string();
         let mounts = self.found.iter().filter_map(|thing| thing.strip_prefix("mount "));
         let known: BTreeSet<_> = mounts.map(target).collect();
-        for target in of("mount")
-            .map(|mount| target(&mount))
-            .filter(|target| !known.contains(target))
-        {
+        let new = |target: &String| target.starts_with("/run/") && !known.contains(target);
+        for target in of("mount").map(|mount| target(&mount)).filter(new) {
             let target = std::ffi::CString::new(target).unwrap_or_default();
             // SAFETY: a valid C string.
             unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
@@ -85,10 +83,11 @@ impl Baseline {
                 let _ = fs::remove_dir(cgroup);
             }
         }
-        for file in ["socket", "fifo", "file"].into_iter().flat_map(of) {
+        let ours = |path: &String| !is_systemds(Path::new(path));
+        for file in ["socket", "fifo", "file"].into_iter().flat_map(of).filter(ours) {
             let _ = fs::remove_file(file);
         }
-        let mut folders: Vec<_> = of("folder").collect();
+        let mut folders: Vec<_> = of("folder").filter(ours).collect();
         folders.sort_unstable();
         for folder in folders.iter().rev() {
             let _ = fs::remove_dir(folder);
@@ -127,13 +126,10 @@ pub(crate) fn kill_all(chosen: impl Fn(&Process) -> bool, mut reap: impl FnMut()
 fn stock(ignored: &[PathBuf]) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for process in processes() {
-        // The daemon itself may be another one now: tests restart it.
-        let mut words = process.command.split(' ');
-        let program = words.next().and_then(|word| word.rsplit('/').next());
-        if program == Some("containerd") && words.next() == Some("--config") {
-            continue;
+        // It may be another one now: tests restart it.
+        if !process.is_the_daemon() {
+            found.insert(process.to_string());
         }
-        found.insert(process.to_string());
     }
     for line in read("/proc/self/mountinfo").lines() {
         let mut fields = line.split(' ');
@@ -245,6 +241,15 @@ pub(crate) struct Process {
     pub(crate) parent: u32,
     /// Arguments joined by blanks, or the name in brackets when there are none.
     pub(crate) command: String,
+}
+
+impl Process {
+    /// Whether it is the tests' containerd.
+    fn is_the_daemon(&self) -> bool {
+        let mut words = self.command.split(' ');
+        let program = words.next().and_then(|word| word.rsplit('/').next());
+        program == Some("containerd") && words.next() == Some("--config")
+    }
 }
 
 impl std::fmt::Display for Process {

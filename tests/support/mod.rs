@@ -8,6 +8,7 @@
 //! task       a container through containerd's API: fifos, create, start, exec, wait, delete
 //! events     what containerd says that happened
 //! leaks      before and after
+//! patience   how long to wait
 //! skip       skips that nobody can overlook
 //! cri        a pod and its containers through CRI
 //! websocket  CRI's exec and attach streams
@@ -22,6 +23,8 @@
 //! - `LXCRI_TEST_SHIM`: our shim's program, instead of the one that Cargo built for the tests.
 //! - `LXCRI_TEST_SYSTEMD=1`: the machine is the tests' own and systemd runs it; see [`universe::by_systemd`].
 //! - `LXCRI_TEST_SNAPSHOTTER=zfs`: where root file systems come from, instead of overlayfs; zfs wants a pool named `lxcri`.
+//! - `LXCRI_TEST_SLOWNESS`: how much longer than a machine of our days this one may take; see [`patience`].
+//! - `LXCRI_TEST_LOGS`: the folder for containerd's log of a test that failed, instead of Cargo's `target/tmp`.
 //! - `LXCRI_SKIP_LOG`, `CI`: see [`skip::skip`].
 
 #![allow(dead_code, reason = "each test file uses another part of the harness")]

@@ -1,8 +1,8 @@
 //! A private containerd, and what a test asks of it.
 
 use std::{
-    fs::{self, File},
-    io::{Read, Write},
+    fs,
+    io::Write,
     os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -175,10 +175,6 @@ impl Node {
         let images = match known {
             Some(images) => images,
             None => {
-                if universe::by_systemd() && Path::new(FOLDER).exists() {
-                    // The node of the program before this one.
-                    tear_down();
-                }
                 let images = prepare(cri).unwrap_or_else(|e| panic!("cannot prepare {FOLDER}: {e}"));
                 *daemon() = Some(Daemon {
                     process: Containerd::start(),
@@ -229,6 +225,20 @@ impl Node {
     pub(crate) fn bundle(&self, id: &str) -> PathBuf {
         let tasks = Path::new(FOLDER).join("state/io.containerd.runtime.v2.task");
         tasks.join(&self.namespace).join(id)
+    }
+
+    /// The daemon's release: major and minor number.
+    pub(crate) async fn release(&self) -> (u32, u32) {
+        let said = Client::from(self.channel.clone()).version().version(()).await;
+        let version = said.expect("containerd's version").into_inner().version;
+        let mut numbers = version
+            .trim_start_matches('v')
+            .split('.')
+            .map(|number| number.parse().ok());
+        match (numbers.next().flatten(), numbers.next().flatten()) {
+            (Some(major), Some(minor)) => (major, minor),
+            _ => panic!("containerd's version is {version:?}"),
+        }
     }
 
     /// `message` as a request in the test's namespace, with a deadline.
@@ -605,13 +615,7 @@ fn configuration(cri: bool, runtime: &Runtime) -> String {
     let restrict = !holds_capability(24);
     let apparmor = fs::read_to_string("/sys/module/apparmor/parameters/enabled").unwrap_or_default();
     let no_apparmor = apparmor.trim() != "Y";
-    // The table's keys are the runtime's own.
-    let key = if runtime.is_ours() {
-        "systemd_cgroup"
-    } else {
-        "SystemdCgroup"
-    };
-    let systemd = format!("{key} = {}", universe::by_systemd());
+    let systemd = format!("SystemdCgroup = {}", universe::by_systemd());
     let snapshotter = snapshotter();
     let others = match snapshotter.as_str() {
         "zfs" => "",
@@ -679,17 +683,38 @@ async fn connect() -> Channel {
 
 /// Copies the daemon's log to where it outlives the universe, and prints its end.
 fn keep_log(test: &str) {
-    let folder = option_env!("CARGO_TARGET_TMPDIR").map_or_else(std::env::temp_dir, PathBuf::from);
+    let folder = std::env::var_os("LXCRI_TEST_LOGS").or_else(|| option_env!("CARGO_TARGET_TMPDIR").map(Into::into));
+    let folder = folder.map_or_else(std::env::temp_dir, PathBuf::from);
     let kept = folder.join(format!("{}.containerd.log", test.replace("::", ".")));
-    let mut text = String::new();
-    let read = File::open(log()).and_then(|mut file| file.read_to_string(&mut text));
-    if read.is_err() || fs::write(&kept, &text).is_err() {
-        return;
-    }
+    let text = fs::read(log()).map_or_else(
+        |e| format!("cannot be read: {e}"),
+        |text| String::from_utf8_lossy(&text).into_owned(),
+    );
     let lines: Vec<&str> = text.lines().collect();
-    eprintln!("{test} failed; containerd's log is {}, its end:", kept.display());
+    match fs::write(&kept, &text) {
+        Ok(()) => eprintln!("{test} failed; containerd's log is {}, its end:", kept.display()),
+        Err(e) => eprintln!(
+            "{test} failed; containerd's log cannot be kept as {}: {e}; its end:",
+            kept.display()
+        ),
+    }
     for line in &lines[lines.len().saturating_sub(40)..] {
         eprintln!("  {line}");
+    }
+}
+
+/// Destroys the zfs snapshotter's dataset, if it is there, as soon as what was killed lets go of it.
+fn destroy_dataset() {
+    let run = |arguments: &[&str]| Command::new("zfs").args(arguments).output().expect("zfs");
+    let end = Instant::now() + *SOON;
+    while run(&["list", DATASET]).status.success() {
+        let destroyed = run(&["destroy", "-R", DATASET]);
+        let said = String::from_utf8_lossy(&destroyed.stderr);
+        assert!(
+            destroyed.status.success() || Instant::now() < end,
+            "zfs destroy -R {DATASET}: {said}"
+        );
+        std::thread::sleep(pause());
     }
 }
 
@@ -707,7 +732,7 @@ fn tear_down() {
         },
     );
     *daemon() = None;
-    for cgroup in universe::cgroups_named(&universe::token()) {
+    for cgroup in universe::abandoned_cgroups() {
         let _ = fs::remove_dir(cgroup);
     }
     // Mounts first: what they hold is not the node's to remove.
@@ -720,8 +745,7 @@ fn tear_down() {
         unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
     }
     if snapshotter() == "zfs" {
-        // It may not be there yet.
-        let _ = Command::new("zfs").args(["destroy", "-R", DATASET]).output();
+        destroy_dataset();
     }
     for entry in fs::read_dir("/run").into_iter().flatten().flatten() {
         if !leaks::is_systemds(&entry.path()) {

@@ -5,7 +5,9 @@ use std::{sync::LazyLock, time::Duration};
 /// How much longer than a machine of our days this one may take: `LXCRI_TEST_SLOWNESS`, 1 when unset. Only the node of `make test-node`
 /// sets it, where every instruction is emulated.
 static SLOWNESS: LazyLock<u64> = LazyLock::new(|| match std::env::var("LXCRI_TEST_SLOWNESS") {
-    Ok(text) => text.parse().expect("LXCRI_TEST_SLOWNESS is a whole number"),
+    Ok(text) => text
+        .parse()
+        .unwrap_or_else(|_| panic!("LXCRI_TEST_SLOWNESS={text:?} is no whole number")),
     Err(_) => 1,
 });
 
