@@ -686,6 +686,20 @@ async fn kill_all_outruns_a_fork_bomb() {
     }
 }
 
+#[tokio::test]
+async fn kill_all_sees_the_end_of_a_cgroup_that_somebody_else_removes_at_once() {
+    // As systemd does with an empty scope. That the frozen process is no longer frozen is told, that it is gone is not.
+    for _ in 0..20 {
+        let guard = Guard::v2();
+        let _process = guard.spawn("read x");
+        guard.cgroup.freeze(*BOUND).await.unwrap();
+        let folder = guard.cgroup.folder().to_path_buf();
+        let remover = std::thread::spawn(move || while fs::remove_dir(&folder).is_err() {});
+        guard.cgroup.kill_all(*BOUND).await.unwrap();
+        remover.join().unwrap();
+    }
+}
+
 // Freeze.
 
 #[tokio::test]

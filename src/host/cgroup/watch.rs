@@ -1,11 +1,19 @@
 //! Kernel files that tell of their changes.
 
-use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
+use std::{fs::File, io, os::unix::fs::FileExt, path::Path, time::Duration};
 
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::timeout,
+};
 
 /// The files that ring have a few short lines each.
 const READ_MAX_BYTES: usize = 1024;
+
+/// How long a wait trusts that it will be told. The kernel tells of one change of a file in 10 ms and puts off the next by a timer,
+/// which the removal of the cgroup stops (cgroup_file_notify and cgroup_rm_file in kernel/cgroup/cgroup.c); systemd removes a scope as
+/// soon as it is empty.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// A file of cgroup v2 whose content changes: `cgroup.events`, `memory.events`.
 ///
@@ -72,7 +80,8 @@ impl Changes {
         Ok(String::from_utf8_lossy(&text[..len]).into_owned())
     }
 
-    /// Resolves when the content may have changed since the last call; a change is never missed. Loses nothing when cancelled.
+    /// Resolves when the content may have changed since the last call. Loses nothing when cancelled. Of a cgroup that is removed the
+    /// last changes may not be told; see [`LOOK_AGAIN`].
     pub(super) async fn changed(&self) -> io::Result<()> {
         match self {
             // Forgotten before the caller reads, so a change during its read rings again.
@@ -90,9 +99,14 @@ impl Changes {
     }
 
     /// Resolves when `done` holds for the content.
+    ///
+    /// # Errors
+    /// ENODEV when the cgroup is gone; else the operating system's.
     pub(super) async fn wait(&self, done: impl Fn(&str) -> bool) -> io::Result<()> {
         while !done(&self.read()?) {
-            self.changed().await?;
+            if let Ok(changed) = timeout(LOOK_AGAIN, self.changed()).await {
+                changed?;
+            }
         }
         Ok(())
     }
