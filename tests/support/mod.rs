@@ -21,6 +21,7 @@
 //! - `LXCRI_TEST_RUNTIME=io.containerd.runc.v2` validates the suite on another runtime, with the OCI runtime `LXCRI_TEST_OCI` (crun or
 //!   runc); see [`node::Runtime`]. `make test` then lists what was not asked of it as skipped.
 //! - `LXCRI_TEST_SHIM`: our shim's program, instead of the one that Cargo built for the tests.
+//! - `LXCRI_TEST_MAX_SHIM_VERSION=3`: the version of the task service that the shim is asked for, instead of containerd's wish.
 //! - `LXCRI_TEST_SYSTEMD=1`: the machine is the tests' own and systemd runs it; see [`universe::by_systemd`].
 //! - `LXCRI_TEST_SNAPSHOTTER=zfs`: where root file systems come from, instead of overlayfs; zfs wants a pool named `lxcri`.
 //! - `LXCRI_TEST_SLOWNESS`: how much longer than a machine of our days this one may take; see [`patience`].

@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::Write,
-    os::unix::process::ExitStatusExt,
+    os::unix::{fs::PermissionsExt, process::ExitStatusExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{LazyLock, Mutex},
@@ -560,7 +560,18 @@ fn prepare(cri: bool) -> std::io::Result<Images> {
     // crun makes it, whatever it is asked, even for its version.
     fs::create_dir_all("/run/crun")?;
     if let Some(shim) = our_shim() {
-        std::os::unix::fs::symlink(shim, folder.join("bin").join(leaks::shim_program(OURS)))?;
+        let program = folder.join("bin").join(leaks::shim_program(OURS));
+        match max_shim_version() {
+            None => std::os::unix::fs::symlink(shim, program)?,
+            Some(version) => {
+                let script = format!(
+                    "#!/bin/sh\nMAX_SHIM_VERSION={version} exec '{}' \"$@\"\n",
+                    shim.display()
+                );
+                fs::write(&program, script)?;
+                fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+            }
+        }
     }
     fs::write(
         folder.join("config.toml"),
@@ -595,6 +606,12 @@ fn zfs(arguments: &[&str]) -> String {
 pub(crate) fn our_shim() -> Option<PathBuf> {
     let named = std::env::var_os("LXCRI_TEST_SHIM").map(PathBuf::from);
     named.or_else(|| option_env!("CARGO_BIN_EXE_containerd-shim-proxmox-lxcri-v1").map(PathBuf::from))
+}
+
+/// `LXCRI_TEST_MAX_SHIM_VERSION`: what the shim is told instead of what containerd says. 2.0 to 2.2 say 2 and take 3, too.
+pub(crate) fn max_shim_version() -> Option<u32> {
+    let version = std::env::var("LXCRI_TEST_MAX_SHIM_VERSION").ok()?;
+    Some(version.parse().expect("LXCRI_TEST_MAX_SHIM_VERSION is a number"))
 }
 
 /// containerd's configuration, in version 2 of the file, which 1.6 to 2.x read.
