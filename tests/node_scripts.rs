@@ -379,6 +379,29 @@ fn make_old(path: &Path) {
 // What is wrong, and what to do.
 
 #[test]
+fn a_package_that_apt_cannot_bring_is_named_in_a_sentence() {
+    let scripts = Scripts::new();
+    scripts.program(
+        "only/apt-get",
+        "#!/bin/bash\n[ \"$1\" = \"$FAILS\" ] && exit 100; exit 0\n",
+    );
+    scripts.program("only/id", "#!/bin/bash\necho 0\n");
+    for step in ["update", "install"] {
+        let mut command = scripts.command("/bin/bash");
+        command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/dependencies"));
+        // Where nothing is, all is missing.
+        let said = scripts
+            .start(command.env("PATH", scripts.path("only")).env("FAILS", step))
+            .end();
+        said.assert_ends(1);
+        assert_eq!(said.err.matches("error: ").count(), 1, "{said:?}");
+        for words in ["apt could not install", "busybox-static", "install them by hand"] {
+            assert!(said.err.contains(words), "{words:?} is not in {}", said.err);
+        }
+    }
+}
+
+#[test]
 fn a_missing_program_is_named_with_its_package() {
     let scripts = Scripts::new();
     // Every program of the machine, so that each can be left out; /usr/sbin itself is covered, because the scripts look there.

@@ -100,14 +100,7 @@ impl Baseline {
 pub(crate) fn kill_all(chosen: impl Fn(&Process) -> bool, mut reap: impl FnMut()) {
     let end = Instant::now() + *SETTLE;
     loop {
-        for cgroup in universe::cgroups_named(&universe::token()) {
-            // A frozen process does not die.
-            for (file, thawed) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
-                if cgroup.join(file).exists() {
-                    let _ = fs::write(cgroup.join(file), thawed);
-                }
-            }
-        }
+        universe::thaw();
         let mut left = processes();
         left.retain(|process| process.pid != 1 && process.pid != std::process::id() && chosen(process));
         for process in &left {

@@ -243,8 +243,8 @@ fn reap_until(tests: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Takes back every freeze that failed tests have left: the frozen would not die with the universe, and so would keep it.
-fn thaw() {
+/// Takes back every freeze that failed tests have left: the frozen do not die, and would keep the universe.
+pub(crate) fn thaw() {
     let token = std::env::var(TOKEN).unwrap_or_default();
     for cgroup in cgroups_named(&token) {
         for (file, value) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
