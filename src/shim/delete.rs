@@ -16,7 +16,6 @@ use super::{
     address_file,
     args::Flags,
     events::timestamp,
-    group,
     socket::{DEFAULT_DIR, Place},
 };
 use crate::{
@@ -100,7 +99,7 @@ fn remove_socket(flags: &Flags, path: &Path) -> Result<()> {
     let bundle = Bundle::read(path).ok();
     let group = bundle
         .as_ref()
-        .map_or(flags.id.as_str(), |bundle| group(bundle, &flags.id));
+        .map_or(flags.id.as_str(), |bundle| bundle.group(&flags.id));
     let usual = Place::new(Path::new(DEFAULT_DIR), &flags.address, &flags.namespace, group)?;
     // containerd may have named another folder, to `start` only; its answer is in the bundle.
     let written = fs::read_to_string(address_file(path)).ok();

@@ -29,9 +29,6 @@ use crate::{
 /// The name under which containerd knows this runtime.
 pub const RUNTIME: &str = "io.containerd.proxmox-lxcri.v1";
 
-/// Annotations that put containers into one group, the first one wins: a pod as CRI writes it, then what clients of runc's shim use.
-const GROUP_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.containerd.runc.v2.group"];
-
 /// Runs the program: does what the arguments (without the program's name) ask for. On failure one sentence is written to stderr.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match run(args) {
@@ -69,16 +66,6 @@ fn print(answer: &[u8]) -> Result<()> {
         .write_all(answer)
         .and_then(|()| stdout.flush())
         .context(|| "cannot write the answer")
-}
-
-/// The group of a container: who shares a shim with it.
-fn group<'a>(bundle: &'a Bundle, id: &'a str) -> &'a str {
-    GROUP_ANNOTATIONS
-        .iter()
-        .find_map(|name| bundle.config.annotations.get(*name))
-        .map(String::as_str)
-        .filter(|group| !group.is_empty())
-        .unwrap_or(id)
 }
 
 /// The container as the routing rules see it.

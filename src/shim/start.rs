@@ -31,7 +31,7 @@ use super::{
     address_file,
     args::Flags,
     bootstrap::{self, Environment, Request},
-    container, group,
+    container,
     log::FifoLog,
     server::{LISTENER_FD, START_FD},
     socket::{Acquired, Claim, DEFAULT_DIR, Place, unbound},
@@ -91,7 +91,7 @@ pub fn start(flags: &Flags) -> Result<Started> {
     let cwd = env::current_dir().context(|| "cannot see the working directory")?;
     let bundle = Bundle::read(&cwd)?;
     let dir = request.socket_dir.as_deref().unwrap_or(Path::new(DEFAULT_DIR));
-    let place = Place::new(dir, &request.address, &flags.namespace, group(&bundle, &flags.id))?;
+    let place = Place::new(dir, &request.address, &flags.namespace, bundle.group(&flags.id))?;
     let answer = bootstrap::encode(request.form, &place.address())?;
     let shim = match place.acquire()? {
         Acquired::Live => write_address(&cwd, &place).map(|()| None)?,

@@ -15,6 +15,9 @@ use crate::error::{Context, Error, Result};
 /// Upper bound of a `config.json`; a larger one is refused. containerd's are 20 to 100 KiB.
 const CONFIG_MAX_BYTES: u64 = 16 << 20;
 
+/// Annotations that put containers into one group, the first one wins: a pod as CRI writes it, then what clients of runc's shim use.
+const GROUP_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.containerd.runc.v2.group"];
+
 /// A bundle folder and its parsed `config.json`.
 #[derive(Debug, Clone)]
 pub struct Bundle {
@@ -106,6 +109,17 @@ impl Bundle {
             path: path.to_path_buf(),
             config,
         })
+    }
+
+    /// The group of the container `id` whose bundle this is: who shares a shim with it. A pod's containers are in the group that has
+    /// the id of the pod's sandbox; a container that is alone has its own.
+    pub fn group<'a>(&'a self, id: &'a str) -> &'a str {
+        GROUP_ANNOTATIONS
+            .iter()
+            .find_map(|name| self.config.annotations.get(*name))
+            .map(String::as_str)
+            .filter(|group| !group.is_empty())
+            .unwrap_or(id)
     }
 
     /// Whether processes of the container may outlive its init because it has no pid namespace of its own.
