@@ -105,13 +105,12 @@ impl Error {
 
     /// Joins what went wrong in a teardown that went on past its first error. `None` if nothing did.
     pub fn all(errors: Vec<Error>) -> Option<Self> {
-        let mut errors = errors.into_iter();
-        let first = errors.next()?;
-        let rest: Vec<String> = errors.map(|e| e.to_string()).collect();
-        if rest.is_empty() {
-            return Some(first);
-        }
-        Some(Self::new(first.kind, format!("{first}; then {}", rest.join("; then "))))
+        errors.into_iter().reduce(Self::then)
+    }
+
+    /// This error, with what went wrong after it.
+    pub fn then(self, next: Self) -> Self {
+        Self::new(self.kind, format!("{self}; then {next}"))
     }
 }
 

@@ -231,7 +231,7 @@ struct World {
 
 fn backends(fake: &Arc<Fake>) -> proxmox_lxcri::task::Backends {
     let fake = fake.clone();
-    Box::new(move |_| Ok(Arc::new(FakeBackend(fake.clone())) as Arc<dyn Backend>))
+    Arc::new(move |_| Ok(Arc::new(FakeBackend(fake.clone())) as Arc<dyn Backend>))
 }
 
 fn world() -> World {

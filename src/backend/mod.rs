@@ -190,7 +190,7 @@ pub trait Backend: Send + Sync {
 /// The returned function answers `Unimplemented`, by name, for a backend that does not exist yet.
 pub fn all(reaper: &Reaper) -> Backends {
     let crun: Arc<dyn Backend> = Arc::new(crun::Crun::new(reaper.clone()));
-    Box::new(move |options| match options.backend.as_str() {
+    Arc::new(move |options| match options.backend.as_str() {
         "crun" => Ok(crun.clone()),
         known if config::BACKENDS.contains(&known) => Err(Error::unimplemented(format!(
             "backend {known} is known but not built yet; use backend crun"

@@ -10,7 +10,10 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::error::{Context, Error, Result};
+use crate::{
+    backend::check_id,
+    error::{Context, Error, Result},
+};
 
 /// Upper bound of a `config.json`; a larger one is refused. containerd's are 20 to 100 KiB.
 const CONFIG_MAX_BYTES: u64 = 16 << 20;
@@ -122,6 +125,13 @@ impl Bundle {
             .unwrap_or(id)
     }
 
+    /// Where the bundle of the pod's sandbox is, if the container `id` whose bundle this is belongs to the pod of another one: containerd
+    /// keeps the bundles of a namespace side by side. It need not exist.
+    pub fn sandbox(&self, id: &str) -> Option<PathBuf> {
+        let group = self.group(id);
+        (group != id && check_id("sandbox id", group).is_ok()).then(|| self.path.with_file_name(group))
+    }
+
     /// Whether processes of the container may outlive its init because it has no pid namespace of its own.
     pub fn shares_pid_namespace(&self) -> bool {
         !self
@@ -191,6 +201,40 @@ mod tests {
                 config: parse(format!(r#"{{"linux": {{"namespaces": {namespaces}}}}}"#).as_bytes()).unwrap(),
             };
             assert_eq!(bundle.shares_pid_namespace(), shares, "{namespaces}");
+        }
+    }
+
+    #[test]
+    fn the_sandbox_of_a_pod_is_beside_its_containers() {
+        const CRI: &str = "io.kubernetes.cri.sandbox-id";
+        const RUNC: &str = "io.containerd.runc.v2.group";
+        for (annotations, group, sandbox) in [
+            (&[][..], "c1", None),
+            (&[(CRI, "pod")], "pod", Some("/run/ns/pod")),
+            (&[(RUNC, "pod"), (CRI, "")], "c1", None),
+            (&[(RUNC, "g"), (CRI, "pod")], "pod", Some("/run/ns/pod")),
+            (&[(RUNC, "g")], "g", Some("/run/ns/g")),
+            (&[(CRI, "c1")], "c1", None),
+            (&[(CRI, "../../etc")], "../../etc", None),
+            (&[(CRI, "/etc")], "/etc", None),
+            (&[(CRI, "..")], "..", None),
+        ] {
+            let bundle = Bundle {
+                path: "/run/ns/c1".into(),
+                config: Config {
+                    annotations: annotations
+                        .iter()
+                        .map(|(k, v)| (k.to_string(), v.to_string()))
+                        .collect(),
+                    ..Config::default()
+                },
+            };
+            assert_eq!(bundle.group("c1"), group);
+            assert_eq!(
+                bundle.sandbox("c1").as_deref(),
+                sandbox.map(Path::new),
+                "{annotations:?}"
+            );
         }
     }
 

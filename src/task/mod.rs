@@ -51,7 +51,7 @@ const EMPTY: Duration = Duration::from_secs(300);
 const CGROUP_BOUND: Duration = Duration::from_secs(3);
 
 /// Chooses the backend of a container.
-pub type Backends = Box<dyn Fn(&Options) -> Result<Arc<dyn Backend>> + Send + Sync>;
+pub type Backends = Arc<dyn Fn(&Options) -> Result<Arc<dyn Backend>> + Send + Sync>;
 
 /// What Create needs to know.
 #[derive(Debug, Clone, Default)]
@@ -179,6 +179,7 @@ impl Engine {
             id: request.id.clone(),
             namespace: self.namespace.clone(),
             bundle: request.bundle.clone(),
+            sandbox: bundle.sandbox(&request.id),
             backend: backend.name().to_owned(),
             rootfs: (!request.rootfs.is_empty()).then(|| request.bundle.join("rootfs")),
             cgroups_path: bundle.config.linux.cgroups_path.clone(),

@@ -4,10 +4,13 @@
 //! The file is `<bundle>/proxmox-lxcri.json`, mode 0600, replaced atomically. It survives the death of the shim, not of the machine
 //! (containerd's state folder does not either), so it is not synced to disk. Unknown fields are ignored: a newer shim may have
 //! written it.
+//!
+//! The record of a pod's container has a second name in the bundle of the pod's sandbox: containerd 2 asks `delete` for the sandbox
+//! alone when a shim has died, and has removed the other bundles by then or will do so without asking.
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{self, Read, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
@@ -27,6 +30,10 @@ const RECORD_MAX_BYTES: u64 = 1 << 20;
 /// File name of the record inside the bundle.
 pub const RECORD_FILE: &str = "proxmox-lxcri.json";
 
+/// What is before and after the id in a record's second name.
+const SECOND_PREFIX: &str = "proxmox-lxcri.";
+const SECOND_SUFFIX: &str = ".json";
+
 /// What a fresh process has to know about a container.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Record {
@@ -36,6 +43,10 @@ pub struct Record {
     pub namespace: String,
     /// Absolute path of the bundle.
     pub bundle: PathBuf,
+    /// Absolute path of the bundle of the pod's sandbox, where the record has its second name; none for the sandbox itself and for a
+    /// container without a pod. That bundle may be gone, or never have been.
+    #[serde(default)]
+    pub sandbox: Option<PathBuf>,
     /// Name of the backend that holds the container.
     pub backend: String,
     /// The options that were resolved at Create.
@@ -76,13 +87,13 @@ pub struct Identity {
 }
 
 impl Record {
-    /// Replaces the record on disk, atomically.
+    /// Replaces the record on disk, atomically, and then what its second name names.
     ///
     /// # Errors
-    /// The operating system's; the former record is untouched then.
+    /// The operating system's; the former record is untouched then, or the new one is complete and has no second name yet.
     pub fn save(&self) -> Result<()> {
         let target = self.bundle.join(RECORD_FILE);
-        let partial = self.bundle.join(".proxmox-lxcri.json.new");
+        let partial = self.bundle.join(format!(".{RECORD_FILE}.new"));
         let text = serde_json::to_vec(self).map_err(|e| Error::unknown("cannot encode the record").with_source(e))?;
         let write = || {
             let mut file = fs::OpenOptions::new()
@@ -98,7 +109,52 @@ impl Record {
             .inspect_err(|_| {
                 let _ = fs::remove_file(&partial);
             })
-            .context(|| format!("cannot write record {}", target.display()))
+            .context(|| format!("cannot write record {}", target.display()))?;
+        match self.second_name() {
+            Some(second) => link(&target, &second).context(|| format!("cannot write record {}", second.display())),
+            None => Ok(()),
+        }
+    }
+
+    /// The path of the second name.
+    fn second_name(&self) -> Option<PathBuf> {
+        self.sandbox
+            .as_ref()
+            .map(|sandbox| sandbox.join(format!("{SECOND_PREFIX}{}{SECOND_SUFFIX}", self.id)))
+    }
+
+    /// The records that have their second name in `bundle`: those of the other containers of the pod whose sandbox's bundle it is.
+    /// None for a bundle that is gone.
+    ///
+    /// # Errors
+    /// For the folder as for each record: those of [`Record::load`], and `FailedPrecondition` for a record that has another name
+    /// than its file.
+    pub fn of_pod(bundle: &Path) -> Result<Vec<Result<Self>>> {
+        let entries = match fs::read_dir(bundle) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.context(|| format!("cannot read {}", bundle.display()))?,
+        };
+        let mut records = Vec::new();
+        for entry in entries {
+            let name = entry
+                .context(|| format!("cannot read {}", bundle.display()))?
+                .file_name();
+            let id = name
+                .to_str()
+                .and_then(|name| name.strip_prefix(SECOND_PREFIX)?.strip_suffix(SECOND_SUFFIX));
+            let Some(id) = id else { continue };
+            let path = bundle.join(&name);
+            let record = Self::read(&path).and_then(|record| match record {
+                Some(other) if other.id != id => Err(Error::precondition(format!(
+                    "record {} is of container {}; nothing of it was touched",
+                    path.display(),
+                    other.id
+                ))),
+                record => Ok(record),
+            });
+            records.extend(record.transpose());
+        }
+        Ok(records)
     }
 
     /// Reads the record of a bundle; `None` if there is none.
@@ -106,12 +162,15 @@ impl Record {
     /// # Errors
     /// The operating system's, or `Unknown` when the file is not a record.
     pub fn load(bundle: &Path) -> Result<Option<Self>> {
-        let path = bundle.join(RECORD_FILE);
+        Self::read(&bundle.join(RECORD_FILE))
+    }
+
+    fn read(path: &Path) -> Result<Option<Self>> {
         let mut text = Vec::new();
-        let read = fs::File::open(&path).and_then(|file| file.take(RECORD_MAX_BYTES + 1).read_to_end(&mut text));
+        let read = fs::File::open(path).and_then(|file| file.take(RECORD_MAX_BYTES + 1).read_to_end(&mut text));
         match read {
             Ok(_) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(e).context(|| format!("cannot read record {}", path.display())),
         }
         Self::parse(&text)
@@ -137,13 +196,40 @@ impl Record {
     /// # Errors
     /// The operating system's.
     pub fn remove(&self) -> Result<()> {
-        let path = self.bundle.join(RECORD_FILE);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                Err(e).context(|| format!("cannot remove record {}", path.display()))
-            }
-            _ => Ok(()),
+        self.remove_second_name()?;
+        remove(&self.bundle.join(RECORD_FILE))
+    }
+
+    /// Removes the second name alone; absence is success. The record stays in the container's own bundle, if that is still there, for
+    /// whoever asks for the exit.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn remove_second_name(&self) -> Result<()> {
+        self.second_name().map_or(Ok(()), |path| remove(&path))
+    }
+}
+
+/// Gives `target` the name `second` too, in place of whatever has it. A folder that does not exist is fine.
+fn link(target: &Path, second: &Path) -> io::Result<()> {
+    let partial = second.with_extension("new");
+    let linked = fs::hard_link(target, &partial).or_else(|e| match e.kind() {
+        // Of one that was killed right here.
+        io::ErrorKind::AlreadyExists => fs::remove_file(&partial).and_then(|()| fs::hard_link(target, &partial)),
+        _ => Err(e),
+    });
+    match linked {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        linked => linked.and_then(|()| fs::rename(&partial, second)),
+    }
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(e).context(|| format!("cannot remove record {}", path.display()))
         }
+        _ => Ok(()),
     }
 }
 
@@ -160,6 +246,7 @@ mod tests {
             id: "c1".into(),
             namespace: "k8s.io".into(),
             bundle: bundle.into(),
+            sandbox: None,
             backend: "crun".into(),
             options: Options::default(),
             rootfs: Some(bundle.join("rootfs")),
@@ -191,6 +278,58 @@ mod tests {
         record.remove().unwrap();
         record.remove().unwrap();
         assert!(Record::load(folder.path()).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_record_of_a_pod_has_a_second_name_in_its_sandbox() {
+        let folder = tempfile::tempdir().unwrap();
+        let [sandbox, bundle] = ["sandbox", "c1"].map(|name| folder.path().join(name));
+        fs::create_dir(&bundle).unwrap();
+        let mut record = Record {
+            sandbox: Some(sandbox.clone()),
+            ..record(&bundle)
+        };
+        let of_pod = || -> Vec<Value> {
+            let records = Record::of_pod(&sandbox).unwrap().into_iter();
+            records.map(|record| as_json(&record.unwrap())).collect()
+        };
+        // A sandbox that is not there is nobody's fault.
+        record.save().unwrap();
+        assert_eq!(of_pod(), [Value::Null; 0]);
+        fs::create_dir(&sandbox).unwrap();
+        // One that was killed while it gave the name, and files of others.
+        fs::write(sandbox.join("proxmox-lxcri.c1.new"), "").unwrap();
+        fs::write(sandbox.join(RECORD_FILE), "").unwrap();
+        fs::write(sandbox.join("config.json"), "").unwrap();
+        record.save().unwrap();
+        assert_eq!(of_pod(), [as_json(&record)]);
+        record.exit = None;
+        record.save().unwrap();
+        assert_eq!(of_pod(), [as_json(&record)]);
+        record.remove_second_name().unwrap();
+        record.remove_second_name().unwrap();
+        assert_eq!(of_pod(), [Value::Null; 0]);
+        assert!(Record::load(&bundle).unwrap().is_some());
+        record.save().unwrap();
+        record.remove().unwrap();
+        assert_eq!(of_pod(), [Value::Null; 0]);
+        assert!(Record::load(&bundle).unwrap().is_none());
+        assert_eq!(fs::read_dir(&bundle).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(&sandbox).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_second_name_that_cannot_be_given_is_an_error_that_names_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut record = record(folder.path());
+        let second = folder.path().join("sandbox/proxmox-lxcri.c1.json");
+        record.sandbox = Some(folder.path().join("sandbox"));
+        fs::create_dir_all(second.join("in the way")).unwrap();
+        for error in [record.save().unwrap_err(), record.remove().unwrap_err()] {
+            assert!(error.to_string().contains(second.to_str().unwrap()), "{error}");
+        }
+        assert!(Record::of_pod(folder.path().join("sandbox").as_path()).unwrap()[0].is_err());
+        assert!(Record::of_pod(&folder.path().join(RECORD_FILE)).is_err());
     }
 
     #[test]

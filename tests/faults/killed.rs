@@ -5,13 +5,16 @@ use std::fs;
 use serde_json::json;
 
 use crate::{
-    FOREVER, Gate, Stub, appears, fault, it_works, pod, shell,
+    FOREVER, Gate, Stub, appears, fault, it_works, lives, pod, shell,
     support::{
         leaks,
-        pod::{Bundle, Daemon, Io, Pod, SHIM, Start, begin_shim, delete_dead, is_mounted, process},
+        pod::{Bundle, Daemon, Io, Pod, SHIM, Start, begin_shim, delete_dead, deleted, is_mounted, process},
     },
     the_next_works,
 };
+
+/// The annotation that makes a container one of a pod.
+const SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
 
 /// Kills the shim; then `delete` answers for each container (pid, exit status), nothing is left, and the next one works.
 async fn dies(daemon: &Daemon, stub: &Stub, pod: Pod, containers: &[(&Bundle, u32, u32)]) {
@@ -306,15 +309,13 @@ fn with_a_user_namespace() {
 
 /// A sandbox and a container that shares its pid namespace: the shim, both bundles and both pids.
 async fn two(daemon: &Daemon, stub: &Stub) -> (Pod, [Bundle; 2], [u32; 2]) {
-    let sandbox = daemon
-        .bundle("sandbox", &FOREVER)
-        .annotate("io.kubernetes.cri.sandbox-id", "sandbox");
+    let sandbox = daemon.bundle("sandbox", &FOREVER).annotate(SANDBOX, "sandbox");
     let mut pod = Pod::start(daemon, &sandbox).await;
     pod.options = stub.options("");
     let first = pod.run(&sandbox, &Io::none()).await;
     let mut app = daemon
         .bundle("app", &shell("sleep 1000 & touch /ready; sleep 1000"))
-        .annotate("io.kubernetes.cri.sandbox-id", "sandbox");
+        .annotate(SANDBOX, "sandbox");
     for namespace in app.spec["linux"]["namespaces"].as_array_mut().unwrap() {
         if namespace["type"] == "pid" {
             namespace["path"] = format!("/proc/{first}/ns/pid").into();
@@ -343,6 +344,236 @@ fn with_a_pod_of_two_that_share_their_pids() {
             }
         }
     });
+}
+
+/// What containerd 2 does with a pod's container when the pod's shim has died: it removes the bundle and asks nobody.
+fn forgotten(bundle: &Bundle) {
+    let rootfs = bundle.path.join("rootfs");
+    nix::mount::umount2(&rootfs, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    fs::remove_dir_all(&bundle.path).unwrap();
+}
+
+#[test]
+fn with_a_pod_of_which_containerd_deletes_the_sandbox_alone() {
+    fault(async |daemon, stub| {
+        let (pod, [sandbox, app], pids) = two(daemon, stub).await;
+        let [alone, ended] = [("alone", "exec sleep 1000"), ("ended", "exit 7")]
+            .map(|(id, script)| daemon.bundle(id, &shell(script)).annotate(SANDBOX, "sandbox"));
+        let running = pod.run(&alone, &Io::none()).await;
+        let over = pod.run(&ended, &Io::none()).await;
+        assert_eq!(pod.wait("ended", "").await.unwrap(), 7);
+        daemon.hears("exit ended 7").await;
+        pod.dies().await;
+        let response = delete_dead(daemon, &sandbox).unwrap();
+        assert_eq!((response.pid, response.exit_status), (pids[0], 137));
+        daemon.assert_nothing_left();
+        assert_eq!(names_of_records(&sandbox), [""; 0]);
+        // containerd 1.6 and 1.7 ask for the others too.
+        for (bundle, pid, status) in [(&app, pids[1], 137), (&alone, running, 137), (&ended, over, 7)] {
+            let response = delete_dead(daemon, bundle).unwrap();
+            assert_eq!((response.pid, response.exit_status), (pid, status), "{}", bundle.id);
+        }
+        daemon.assert_nothing_left();
+    });
+}
+
+#[test]
+fn with_a_pod_of_which_containerd_has_forgotten_all_but_the_sandbox() {
+    fault(async |daemon, stub| {
+        for works in [true, false] {
+            let (pod, [sandbox, app], pids) = two(daemon, stub).await;
+            let alone = daemon.bundle("alone", &FOREVER).annotate(SANDBOX, "sandbox");
+            pod.run(&alone, &Io::none()).await;
+            pod.dies().await;
+            forgotten(&app);
+            forgotten(&alone);
+            if !works {
+                stub.at("delete", "exit 1");
+            }
+            let response = delete_dead(daemon, &sandbox).unwrap();
+            assert_eq!((response.pid, response.exit_status), (pids[0], 137));
+            daemon.assert_nothing_left();
+            the_next_works(daemon, stub, &sandbox).await;
+            fs::remove_dir_all(&sandbox.path).unwrap();
+        }
+    });
+}
+
+#[test]
+fn at_each_step_of_a_container_that_containerd_forgets() {
+    fault(async |daemon, stub| {
+        for verb in ["create", "start", "exec", "delete"] {
+            for done in [false, true] {
+                let sandbox = daemon.bundle("sandbox", &FOREVER).annotate(SANDBOX, "sandbox");
+                let mut pod = Pod::start(daemon, &sandbox).await;
+                pod.options = stub.options("");
+                let pid = pod.run(&sandbox, &Io::none()).await;
+                let app = daemon.bundle("app", &FOREVER).annotate(SANDBOX, "sandbox");
+                Pod::start(daemon, &app).await;
+                if verb != "create" {
+                    pod.create(&app, &Io::none()).await.unwrap();
+                }
+                if ["exec", "delete"].contains(&verb) {
+                    pod.start_process("app", "").await.unwrap();
+                }
+                match verb {
+                    "exec" => pod.exec("app", "e1", &process(&FOREVER), &Io::none()).await.unwrap(),
+                    "delete" => {
+                        pod.kill("app", "", libc::SIGKILL, false).await.unwrap();
+                        pod.wait("app", "").await.unwrap();
+                    }
+                    _ => {}
+                }
+                let gate = if done {
+                    stub.holds_after(verb)
+                } else {
+                    stub.holds_before(verb)
+                };
+                let held = match verb {
+                    "create" => gate.holds(pod.create(&app, &Io::none())).await,
+                    "start" => gate.holds(pod.start_process("app", "")).await,
+                    "exec" => gate.holds(pod.start_process("app", "e1")).await,
+                    _ => gate.holds(pod.delete("app", "")).await,
+                };
+                pod.dies().await;
+                drop(held);
+                stub.heal();
+                forgotten(&app);
+                let response = delete_dead(daemon, &sandbox).unwrap();
+                assert_eq!((response.pid, response.exit_status), (pid, 137), "{verb} {done}");
+                daemon.assert_nothing_left();
+                fs::remove_dir_all(&sandbox.path).unwrap();
+                fs::remove_file(gate.0).unwrap();
+            }
+        }
+    });
+}
+
+#[test]
+fn and_a_whole_pod_is_deleted_at_once() {
+    fault(async |daemon, stub| {
+        let (pod, [sandbox, app], pids) = two(daemon, stub).await;
+        let more: Vec<Bundle> = (0..4)
+            .map(|n| {
+                daemon
+                    .bundle(&format!("more{n}"), &FOREVER)
+                    .annotate(SANDBOX, "sandbox")
+            })
+            .collect();
+        let mut containers = vec![(&sandbox, pids[0]), (&app, pids[1])];
+        for bundle in &more {
+            containers.push((bundle, pod.run(bundle, &Io::none()).await));
+        }
+        pod.dies().await;
+        let start = Start::default();
+        let all: Vec<_> = containers
+            .iter()
+            .map(|(bundle, _)| begin_shim(daemon, bundle, &start, "delete"))
+            .collect();
+        for (one, (bundle, pid)) in all.into_iter().zip(containers) {
+            let response = deleted(&one.wait_with_output().unwrap()).unwrap();
+            assert_eq!((response.pid, response.exit_status), (pid, 137), "{}", bundle.id);
+        }
+        daemon.assert_nothing_left();
+    });
+}
+
+#[test]
+fn and_somebody_else_is_at_work_on_a_container_of_the_pod() {
+    fault(async |daemon, stub| {
+        let sandbox = daemon.bundle("sandbox", &shell("exit 3")).annotate(SANDBOX, "sandbox");
+        let mut pod = Pod::start(daemon, &sandbox).await;
+        pod.options = stub.options("");
+        let first = pod.run(&sandbox, &Io::none()).await;
+        daemon.hears("exit sandbox 3").await;
+        let app = daemon.bundle("app", &FOREVER).annotate(SANDBOX, "sandbox");
+        let pid = pod.run(&app, &Io::none()).await;
+        pod.dies().await;
+        let folder = fs::File::open(&app.path).unwrap();
+        let held = nix::fcntl::Flock::lock(folder, nix::fcntl::FlockArg::LockExclusive).unwrap();
+        let error = delete_dead(daemon, &sandbox).unwrap_err();
+        assert!(error.contains("cleaning up sandbox took more than"), "{error}");
+        assert!(lives(pid) && !is_mounted(&sandbox.path.join("rootfs")));
+        drop(held);
+        let response = delete_dead(daemon, &sandbox).unwrap();
+        assert_eq!((response.pid, response.exit_status), (first, 3));
+        daemon.assert_nothing_left();
+    });
+}
+
+#[test]
+fn and_a_record_in_the_sandbox_is_broken_or_not_of_this_pod() {
+    fault(async |daemon, stub| {
+        let sandbox = daemon.bundle("sandbox", &FOREVER).annotate(SANDBOX, "sandbox");
+        let mut pod = Pod::start(daemon, &sandbox).await;
+        pod.options = stub.options("");
+        let first = pod.run(&sandbox, &Io::none()).await;
+        let app = daemon.bundle("app", &FOREVER).annotate(SANDBOX, "sandbox");
+        let pid = pod.run(&app, &Io::none()).await;
+        pod.dies().await;
+        assert_eq!(names_of_records(&sandbox), ["proxmox-lxcri.app.json"]);
+        let [record, foreign] = ["app", "foreign"].map(|id| sandbox.path.join(format!("proxmox-lxcri.{id}.json")));
+        let text = fs::read_to_string(&record).unwrap();
+        fs::remove_file(&record).unwrap();
+        for (path, broken, wanted) in [
+            (&record, &text[..text.len() / 2], "cannot parse record"),
+            (&foreign, &*text, "is of container app; nothing of it was touched"),
+        ] {
+            fs::write(path, broken).unwrap();
+            let error = delete_dead(daemon, &sandbox).unwrap_err();
+            assert!(
+                error.contains(wanted) && error.contains(path.to_str().unwrap()),
+                "{error}"
+            );
+            assert!(lives(pid));
+            fs::remove_file(path).unwrap();
+        }
+        let of_another = text.replace("\"namespace\":\"contract\"", "\"namespace\":\"other\"");
+        assert_ne!(text, of_another);
+        fs::write(&record, of_another).unwrap();
+        let response = delete_dead(daemon, &sandbox).unwrap();
+        assert_eq!((response.pid, response.exit_status), (first, 137));
+        assert!(lives(pid));
+        fs::write(&record, text).unwrap();
+        delete_dead(daemon, &sandbox).unwrap();
+        daemon.assert_nothing_left();
+    });
+}
+
+#[test]
+fn nothing_of_a_container_that_is_deleted_stays_in_its_sandbox() {
+    fault(async |daemon, stub| {
+        let sandbox = daemon.bundle("sandbox", &FOREVER).annotate(SANDBOX, "sandbox");
+        let mut pod = Pod::start(daemon, &sandbox).await;
+        pod.options = stub.options("");
+        pod.run(&sandbox, &Io::none()).await;
+        let app = daemon.bundle("app", &shell("echo fine")).annotate(SANDBOX, "sandbox");
+        it_works(&pod, &app).await;
+        assert_eq!(names_of_records(&sandbox), [""; 0]);
+        stub.at("create", "exit 1");
+        pod.create(&app, &Io::none()).await.unwrap_err();
+        assert_eq!(names_of_records(&sandbox), [""; 0]);
+        stub.heal();
+        // A sandbox that is gone first takes nothing from the others.
+        pod.run(&app, &Io::none()).await;
+        pod.kill("sandbox", "", libc::SIGKILL, false).await.unwrap();
+        pod.wait("sandbox", "").await.unwrap();
+        pod.delete("sandbox", "").await.unwrap();
+        fs::remove_dir_all(&sandbox.path).unwrap();
+        assert_eq!(pod.wait("app", "").await.unwrap(), 0);
+        pod.delete("app", "").await.unwrap();
+        pod.shutdown().await;
+        daemon.assert_nothing_left();
+    });
+}
+
+/// The second names of records in the bundle of a sandbox, and what may be left of making them.
+fn names_of_records(sandbox: &Bundle) -> Vec<String> {
+    let names = fs::read_dir(&sandbox.path).unwrap().flatten();
+    names
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| name.starts_with("proxmox-lxcri.") && name != "proxmox-lxcri.json")
+        .collect()
 }
 
 #[test]
@@ -375,16 +606,21 @@ fn its_socket_is_taken_over_and_the_cleaning_up_leaves_that_alone() {
         let address = pod.address.clone();
         pod.dies().await;
         // A third container of the pod comes before anybody has cleaned up.
-        let next = daemon
-            .bundle("next", &shell("echo fine"))
-            .annotate("io.kubernetes.cri.sandbox-id", "sandbox");
+        let next = daemon.bundle("next", &shell("echo fine")).annotate(SANDBOX, "sandbox");
         let mut second = Pod::start(daemon, &next).await;
         second.options = stub.options("");
         assert_eq!(second.address, address);
+        let runs = daemon.bundle("runs", &FOREVER).annotate(SANDBOX, "sandbox");
+        let running = second.run(&runs, &Io::none()).await;
         for (bundle, pid) in bundles.iter().zip(pids) {
             assert_eq!(delete_dead(daemon, bundle).unwrap().pid, pid);
         }
         it_works(&second, &next).await;
+        // The sandbox's `delete` meant the dead shim's containers.
+        assert!(lives(running));
+        second.kill("runs", "", libc::SIGKILL, false).await.unwrap();
+        assert_eq!(second.wait("runs", "").await.unwrap(), 137);
+        second.delete("runs", "").await.unwrap();
         second.reconnect().await;
         assert_eq!(second.connect("next").await.unwrap(), 0);
         second.shutdown().await;
@@ -401,7 +637,7 @@ fn twenty_starts_at_once_for_one_pod_make_one_shim() {
         let bundles: Vec<Bundle> = (0..20)
             .map(|n| {
                 let bundle = daemon.bundle(&format!("c{n}"), &["sh", "-c", "echo fine"]);
-                let bundle = bundle.annotate("io.kubernetes.cri.sandbox-id", "sandbox");
+                let bundle = bundle.annotate(SANDBOX, "sandbox");
                 bundle.write();
                 bundle
             })

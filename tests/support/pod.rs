@@ -528,6 +528,11 @@ pub(crate) fn delete_dead(daemon: &Daemon, bundle: &Bundle) -> Result<api::Delet
     let output = run_shim(daemon, bundle, &Start::default(), "delete");
     // containerd kills it then, and a killed one could not finish.
     assert!(begin.elapsed() < patience(5), "delete took {:?}", begin.elapsed());
+    deleted(&output)
+}
+
+/// What `delete` answered.
+pub(crate) fn deleted(output: &std::process::Output) -> Result<api::DeleteResponse, String> {
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     match output.status.success() {
         true => Ok(api::DeleteResponse::parse_from_bytes(&output.stdout).unwrap()),

@@ -16,6 +16,7 @@ fn record(dir: &Path) -> Record {
         id: "c1".into(),
         namespace: "ns".into(),
         bundle: dir.join("bundle"),
+        sandbox: None,
         backend: "crun".into(),
         options: Options {
             crun_root: dir.join("crun"),
