@@ -1,6 +1,7 @@
 //! cgroups of a container: v1, hybrid and v2, by the kernel's files only; no program is spawned.
 //!
 //! - [`Cgroup`]: where a container's cgroup lies, its processes, freeze, signals, removal (`control`);
+//! - `Cgroup::limit`: OCI resources as values of its files (`limits`);
 //! - [`Metrics`]: what containerd's Stats answers;
 //! - [`OomWatch`]: OOM kills;
 //! - [`parse`]: the texts of the kernel, pure.
@@ -9,6 +10,7 @@
 //! (legacy and hybrid) the v1 controllers do, and a v2 hierarchy beside them is only emptied and removed.
 
 mod control;
+mod limits;
 mod metrics;
 mod oom;
 pub mod parse;

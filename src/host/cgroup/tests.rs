@@ -1172,3 +1172,106 @@ async fn without_a_memory_controller_there_is_no_watch() {
         assert_eq!(cgroup.watch_oom().unwrap_err().kind(), Kind::Unimplemented);
     }
 }
+
+/// OCI resources.
+fn resources(json: serde_json::Value) -> oci_spec::runtime::LinuxResources {
+    serde_json::from_value(json).unwrap()
+}
+
+#[test]
+fn limits_are_what_the_kernel_says_afterwards() {
+    let guard = Guard::with_memory_limit(64 << 20);
+    let v2 = guard.cgroup.is_v2();
+    if v2 {
+        for above in [guard.parents[0].parent().unwrap(), &guard.parents[0]] {
+            write(&above.join("cgroup.subtree_control"), "+pids +cpu").unwrap();
+        }
+    }
+    let value = |controller: &str, v1: &str, v2: &str| {
+        let folder = guard.cgroup.v1(controller);
+        let file = folder.map_or_else(|| guard.cgroup.folder().join(v2), |folder| folder.join(v1));
+        read(&file).unwrap().trim().to_owned()
+    };
+    let cpu = if v2 { "25000 50000" } else { "25000" };
+    // Up, down and up again: memory and swap together bound memory alone in v1, and a quota the period.
+    for (mib, micros) in [(32_u64, 50_000), (128, 25_000), (16, 100_000)] {
+        let bytes = mib << 20;
+        guard
+            .cgroup
+            .limit(&resources(serde_json::json!({
+                "memory": {"limit": bytes, "swap": bytes},
+                "pids": {"limit": mib},
+                "cpu": {"shares": 512, "quota": micros / 2, "period": micros},
+            })))
+            .unwrap();
+        assert_eq!(
+            value("memory", "memory.limit_in_bytes", "memory.max"),
+            bytes.to_string()
+        );
+        assert_eq!(value("pids", "pids.max", "pids.max"), mib.to_string());
+        if micros == 50_000 {
+            assert_eq!(value("cpu", "cpu.cfs_quota_us", "cpu.max"), cpu);
+            assert_eq!(value("cpu", "cpu.shares", "cpu.weight"), if v2 { "59" } else { "512" });
+        }
+    }
+    // What is not mentioned stays.
+    guard
+        .cgroup
+        .limit(&resources(serde_json::json!({"pids": {"limit": -1}})))
+        .unwrap();
+    assert_eq!(value("pids", "pids.max", "pids.max"), "max");
+    assert_eq!(
+        value("memory", "memory.limit_in_bytes", "memory.max"),
+        (16 << 20).to_string()
+    );
+}
+
+#[test]
+fn a_limit_that_the_kernel_refuses_is_named_with_its_value() {
+    let guard = Guard::with_memory_limit(64 << 20);
+    let wrong = serde_json::json!({"cpu": {"cpus": "4000-5000"}, "memory": {"limit": 33 << 20}});
+    let error = guard.cgroup.limit(&resources(wrong)).unwrap_err().to_string();
+    assert!(
+        error.contains("cpus") && error.contains(if guard.cgroup.is_v2() { "enabled" } else { "4000-5000" }),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_controller_that_is_missing_is_named() {
+    let pids = serde_json::json!({"pids": {"limit": 5}});
+    let v1 = Cgroup::V1(BTreeMap::from([("freezer".into(), PathBuf::from("/sys"))]));
+    let error = v1.limit(&resources(pids.clone())).unwrap_err();
+    assert_eq!(error.kind(), Kind::FailedPrecondition);
+    assert!(
+        error.to_string().contains("no cgroup of the controller pids"),
+        "{error}"
+    );
+    let (_folder, v2) = fixture(&[("cgroup.controllers", "cpu memory\n")]);
+    let error = v2.limit(&resources(pids)).unwrap_err();
+    assert_eq!(error.kind(), Kind::FailedPrecondition);
+    assert!(error.to_string().contains("controller pids is not enabled"), "{error}");
+    // A kernel without accounting for swap.
+    let (folder, v2) = fixture(&[("cgroup.controllers", "memory\n"), ("memory.max", "max\n")]);
+    v2.limit(&resources(serde_json::json!({"memory": {"limit": 8192, "swap": 8192}})))
+        .unwrap();
+    assert_eq!(fs::read_to_string(folder.path().join("memory.max")).unwrap(), "8192");
+}
+
+#[test]
+fn a_memory_limit_below_the_use_is_refused_where_that_is_asked_for() {
+    let (folder, cgroup) = fixture(&[("memory.current", "8192\n"), ("memory.max", "max\n")]);
+    let limit = |check: bool, bytes: i64| {
+        cgroup.limit(&resources(
+            serde_json::json!({"memory": {"limit": bytes, "checkBeforeUpdate": check}}),
+        ))
+    };
+    let error = limit(true, 8192).unwrap_err();
+    assert_eq!(error.kind(), Kind::FailedPrecondition);
+    assert!(error.to_string().contains("uses 8192 bytes"), "{error}");
+    assert_eq!(fs::read_to_string(folder.path().join("memory.max")).unwrap(), "max\n");
+    limit(true, 8193).unwrap();
+    limit(true, -1).unwrap();
+    limit(false, 4096).unwrap();
+    assert_eq!(fs::read_to_string(folder.path().join("memory.max")).unwrap(), "4096");
+}
