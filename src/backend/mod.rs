@@ -4,6 +4,7 @@
 //! promise of an exit ([`Launched`]).
 
 pub mod crun;
+pub mod lxc;
 
 use std::{
     future::Future,

@@ -1,0 +1,3 @@
+//! OCI bundles as LXC containers, on liblxc. Not a backend yet: what is here are the parts that need nothing else.
+
+pub mod config;
