@@ -28,6 +28,9 @@ use crate::{
 /// containerd gives 5 s and kills then; what it would kill could not say what is left.
 const BOUND: Duration = Duration::from_millis(4_500);
 
+/// Made as they are needed. Each container of a pod may wait for another process in one, and none may keep the others from their work.
+const BLOCKING_THREADS: usize = 128;
+
 /// What is worth a warning goes to stderr, which containerd puts into its log.
 struct StderrLog;
 
@@ -62,7 +65,7 @@ pub fn delete(flags: &Flags) -> Result<Vec<u8>> {
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(2)
+        .max_blocking_threads(BLOCKING_THREADS)
         .build()
         .context(|| "cannot start the runtime")?;
     let cleaned = runtime.block_on(async {

@@ -8,6 +8,7 @@ use crate::{
     FOREVER, Gate, Stub, appears, fault, it_works, lives, pod, shell,
     support::{
         leaks,
+        patience::patience,
         pod::{Bundle, Daemon, Io, Pod, SHIM, Start, begin_shim, delete_dead, deleted, is_mounted, process},
     },
     the_next_works,
@@ -452,48 +453,66 @@ fn at_each_step_of_a_container_that_containerd_forgets() {
 #[test]
 fn and_a_whole_pod_is_deleted_at_once() {
     fault(async |daemon, stub| {
-        let (pod, [sandbox, app], pids) = two(daemon, stub).await;
-        let more: Vec<Bundle> = (0..4)
-            .map(|n| {
-                daemon
-                    .bundle(&format!("more{n}"), &FOREVER)
-                    .annotate(SANDBOX, "sandbox")
-            })
-            .collect();
-        let mut containers = vec![(&sandbox, pids[0]), (&app, pids[1])];
-        for bundle in &more {
-            containers.push((bundle, pod.run(bundle, &Io::none()).await));
+        for hangs in [false, true] {
+            let (pod, [sandbox, app], pids) = two(daemon, stub).await;
+            let more: Vec<Bundle> = (0..4)
+                .map(|n| {
+                    daemon
+                        .bundle(&format!("more{n}"), &FOREVER)
+                        .annotate(SANDBOX, "sandbox")
+                })
+                .collect();
+            let mut containers = vec![(&sandbox, pids[0]), (&app, pids[1])];
+            for bundle in &more {
+                containers.push((bundle, pod.run(bundle, &Io::none()).await));
+            }
+            pod.dies().await;
+            let _gate = hangs.then(|| stub.holds_before("delete"));
+            let start = Start::default();
+            let begin = std::time::Instant::now();
+            let all: Vec<_> = containers
+                .iter()
+                .map(|(bundle, _)| begin_shim(daemon, bundle, &start, "delete"))
+                .collect();
+            for (one, (bundle, pid)) in all.into_iter().zip(&containers) {
+                let response = deleted(&one.wait_with_output().unwrap()).unwrap();
+                assert_eq!((response.pid, response.exit_status), (*pid, 137), "{}", bundle.id);
+            }
+            // containerd kills them then.
+            assert!(begin.elapsed() < patience(5), "{:?}", begin.elapsed());
+            daemon.assert_nothing_left();
+            for (bundle, _) in containers {
+                fs::remove_dir_all(&bundle.path).unwrap();
+            }
         }
-        pod.dies().await;
-        let start = Start::default();
-        let all: Vec<_> = containers
-            .iter()
-            .map(|(bundle, _)| begin_shim(daemon, bundle, &start, "delete"))
-            .collect();
-        for (one, (bundle, pid)) in all.into_iter().zip(containers) {
-            let response = deleted(&one.wait_with_output().unwrap()).unwrap();
-            assert_eq!((response.pid, response.exit_status), (pid, 137), "{}", bundle.id);
-        }
-        daemon.assert_nothing_left();
     });
 }
 
 #[test]
-fn and_somebody_else_is_at_work_on_a_container_of_the_pod() {
+fn and_somebody_else_is_at_work_on_the_containers_of_the_pod() {
     fault(async |daemon, stub| {
         let sandbox = daemon.bundle("sandbox", &shell("exit 3")).annotate(SANDBOX, "sandbox");
         let mut pod = Pod::start(daemon, &sandbox).await;
         pod.options = stub.options("");
         let first = pod.run(&sandbox, &Io::none()).await;
         daemon.hears("exit sandbox 3").await;
-        let app = daemon.bundle("app", &FOREVER).annotate(SANDBOX, "sandbox");
-        let pid = pod.run(&app, &Io::none()).await;
+        let mut others = Vec::new();
+        for id in ["free", "app", "more", "most"] {
+            let bundle = daemon.bundle(id, &FOREVER).annotate(SANDBOX, "sandbox");
+            let pid = pod.run(&bundle, &Io::none()).await;
+            others.push((bundle, pid));
+        }
         pod.dies().await;
-        let folder = fs::File::open(&app.path).unwrap();
-        let held = nix::fcntl::Flock::lock(folder, nix::fcntl::FlockArg::LockExclusive).unwrap();
+        let lock = |(bundle, _): &(Bundle, u32)| {
+            let folder = fs::File::open(&bundle.path).unwrap();
+            nix::fcntl::Flock::lock(folder, nix::fcntl::FlockArg::LockExclusive).unwrap()
+        };
+        let held: Vec<_> = others[1..].iter().map(lock).collect();
         let error = delete_dead(daemon, &sandbox).unwrap_err();
         assert!(error.contains("cleaning up sandbox took more than"), "{error}");
-        assert!(lives(pid) && !is_mounted(&sandbox.path.join("rootfs")));
+        assert!(others[1..].iter().all(|(_, pid)| lives(*pid)));
+        // What nobody else is at work on is done all the same.
+        assert!(!is_mounted(&sandbox.path.join("rootfs")) && !lives(others[0].1));
         drop(held);
         let response = delete_dead(daemon, &sandbox).unwrap();
         assert_eq!((response.pid, response.exit_status), (first, 3));
