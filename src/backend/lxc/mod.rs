@@ -1,3 +1,4 @@
 //! OCI bundles as LXC containers, on liblxc. Not a backend yet: what is here are the parts that need nothing else.
 
 pub mod config;
+pub mod seccomp;
