@@ -1476,7 +1476,7 @@ fn no_more_lanes_run_at_once_than_there_are_processors() {
     let said = scripts.start(command.env("LXCRI_NODE_TIMEOUT", "3")).end();
     said.assert_ends(124);
     assert!(!said.out.contains("==> containerd-2"), "{}", said.out);
-    assert_eq!(said.out.matches("did not run to its end").count(), 5, "{}", said.out);
+    assert_eq!(said.out.matches("did not run to its end").count(), 6, "{}", said.out);
 }
 
 #[test]

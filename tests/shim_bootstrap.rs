@@ -368,12 +368,12 @@ fn the_socket_of_a_killed_shim_is_taken_over() {
     assert!(daemon.shims().iter().any(|pid| !before.contains(pid)));
 }
 
-#[test]
-fn a_shim_whose_start_was_killed_half_way_removes_the_socket_file() {
+/// What a shim does with a socket file at whose place it does not come to listen, `before_the_word` being what happens while it waits
+/// for the word of `start`; the word is given if that answers true.
+fn a_shim_leaves_no_socket(before_the_word: impl FnOnce(&Path, &OwnedFd) -> bool) {
     let daemon = Daemon::new();
     let bundle = daemon.bundle("c1", "");
     let path = daemon.dir.path().join("half");
-    // What `start` leaves when it is killed between bind and listen: a place, and the end of its pipe.
     let socket = nix::sys::socket::socket(
         nix::sys::socket::AddressFamily::Unix,
         nix::sys::socket::SockType::Stream,
@@ -405,10 +405,28 @@ fn a_shim_whose_start_was_killed_half_way_removes_the_socket_file() {
     }
     let child = command.spawn().unwrap();
     assert!(path.exists());
+    if before_the_word(&bundle, &socket) {
+        nix::unistd::write(&doing, b".").unwrap();
+    }
     drop(doing);
     let output = child.wait_with_output().unwrap();
     assert!(!output.status.success());
     assert!(!path.exists(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn a_shim_whose_start_was_killed_half_way_removes_the_socket_file() {
+    // Between bind and listen: a place, and the end of its pipe.
+    a_shim_leaves_no_socket(|_, _| false);
+}
+
+#[test]
+fn a_shim_whose_bundle_is_gone_before_it_serves_removes_the_socket_file() {
+    a_shim_leaves_no_socket(|bundle, socket| {
+        nix::sys::socket::listen(socket, nix::sys::socket::Backlog::MAXCONN).unwrap();
+        fs::remove_dir_all(bundle).unwrap();
+        true
+    });
 }
 
 #[test]

@@ -102,6 +102,10 @@ fn engine(flags: &args::Flags, publisher: Arc<events::Publisher>) -> server::Par
             let engine = engine.clone();
             move || !engine.is_idle()
         }),
+        end_if_empty: Box::new({
+            let engine = engine.clone();
+            move || engine.end_if_empty()
+        }),
         done: Box::pin(async move { engine.done().await }),
     }
 }

@@ -7,7 +7,7 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::net::UnixListener,
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -39,6 +39,9 @@ pub const START_FD: i32 = 4;
 /// Bound of the wait for `start`, which has a few system calls to make.
 const START_BOUND: Duration = Duration::from_secs(10);
 
+/// When a shim first looks whether its bundle is still there.
+const FIRST_LOOK: Duration = Duration::from_secs(1);
+
 /// Bound of the delivery of the last events.
 const DRAIN_BOUND: Duration = Duration::from_secs(5);
 /// Bound of the answers that are still being written at the end.
@@ -52,6 +55,8 @@ pub struct Parts {
     pub done: BoxFuture<'static, ()>,
     /// Whether a container lives, which keeps signals from ending the shim.
     pub busy: Box<dyn Fn() -> bool + Send + Sync>,
+    /// Refuses tasks from now on if there is none; whether there was none.
+    pub end_if_empty: Box<dyn Fn() -> bool + Send + Sync>,
 }
 
 /// Runs the shim until it has nothing to do any more. `build` makes the engine, inside the runtime.
@@ -70,6 +75,23 @@ pub fn serve(flags: &Flags, build: impl FnOnce(&Flags, Arc<Publisher>) -> Parts)
         .local_addr()
         .ok()
         .and_then(|a| a.as_pathname().map(PathBuf::from));
+    let (bundle, runtime) = begin(flags).inspect_err(|_| {
+        // The bundle may be gone already. While this process still listens, so that the file cannot be anybody else's.
+        if let Some(socket) = &socket {
+            let _ = std::fs::remove_file(socket);
+        }
+    })?;
+    let result = runtime.block_on(run(flags, &bundle, listener, socket, build));
+    if let Err(e) = &result {
+        log::error!("{e}");
+    }
+    // Whatever still blocks in a thread must not keep the process.
+    runtime.shutdown_background();
+    result
+}
+
+/// Prepares this process; the bundle and the runtime.
+fn begin(flags: &Flags) -> Result<(PathBuf, tokio::runtime::Runtime)> {
     let bundle = env::current_dir().context(|| "cannot see the working directory")?;
     prepare();
     FifoLog::new(&bundle, &flags.namespace, &flags.id, flags.debug).install()?;
@@ -81,17 +103,12 @@ pub fn serve(flags: &Flags, build: impl FnOnce(&Flags, Arc<Publisher>) -> Parts)
         .thread_keep_alive(Duration::from_secs(2))
         .build()
         .context(|| "cannot start the runtime")?;
-    let result = runtime.block_on(run(flags, listener, socket, build));
-    if let Err(e) = &result {
-        log::error!("{e}");
-    }
-    // Whatever still blocks in a thread must not keep the process.
-    runtime.shutdown_background();
-    result
+    Ok((bundle, runtime))
 }
 
 async fn run(
     flags: &Flags,
+    bundle: &Path,
     listener: UnixListener,
     socket: Option<PathBuf>,
     build: impl FnOnce(&Flags, Arc<Publisher>) -> Parts,
@@ -102,7 +119,12 @@ async fn run(
         &flags.namespace,
         ttrpc_address.or_else(fallback).as_deref(),
     ));
-    let Parts { services, done, busy } = build(flags, publisher.clone());
+    let Parts {
+        services,
+        done,
+        busy,
+        end_if_empty,
+    } = build(flags, publisher.clone());
     let listener = Listener::try_from(listener).context(|| "cannot use the listening socket")?;
     let mut server = Server::new().add_listener(listener).register_service(services);
     server
@@ -112,6 +134,7 @@ async fn run(
     log::debug!("serving, pid {}", std::process::id());
     tokio::select! {
         () = done => log::debug!("nothing left to do"),
+        () = forsaken(bundle, end_if_empty) => log::debug!("the bundle is gone, and there is no task"),
         result = ended_by_signal(busy) => result?,
     }
     // While this process still listens, so that the file cannot be anybody else's.
@@ -124,6 +147,19 @@ async fn run(
     }
     let _ = tokio::time::timeout(GOODBYE_BOUND, server.shutdown()).await;
     Ok(())
+}
+
+/// Returns when nobody will ever ask this shim for anything: containerd has given up in the moment in which `start` had told the address,
+/// or with Create, and removed the bundle. Looks ever more rarely.
+async fn forsaken(bundle: &Path, end_if_empty: impl Fn() -> bool) {
+    let mut pause = FIRST_LOOK;
+    loop {
+        tokio::time::sleep(pause).await;
+        pause = pause.saturating_mul(2);
+        if !bundle.exists() && end_if_empty() {
+            return;
+        }
+    }
 }
 
 /// Returns when a signal asks for the end and no container lives. systemd sends SIGTERM to everything that it finds in a session or
@@ -214,6 +250,21 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_shim_without_task_and_bundle_ends() {
+        const LONG: Duration = Duration::from_secs(3600);
+        let folder = tempfile::tempdir().unwrap();
+        let bundle = folder.path().join("bundle");
+        std::fs::create_dir(&bundle).unwrap();
+        let waits = async |empty: bool| tokio::time::timeout(LONG, forsaken(&bundle, || empty)).await;
+        waits(true).await.unwrap_err();
+        std::fs::remove_dir(&bundle).unwrap();
+        waits(false).await.unwrap_err();
+        let begun = tokio::time::Instant::now();
+        waits(true).await.unwrap();
+        assert_eq!(begun.elapsed(), FIRST_LOOK);
+    }
 
     #[tokio::test]
     async fn signals_are_ignored_while_a_container_lives() {

@@ -250,12 +250,8 @@ impl Engine {
     /// still be deleted.
     pub fn shutdown(self: &Arc<Self>) {
         let alive = |engine: &Self| engine.tasks().values().any(|task| task.init().exit().is_none());
-        {
-            let tasks = self.tasks();
-            if tasks.is_empty() {
-                self.done.send_replace(true);
-                return;
-            }
+        if self.end_if_empty() {
+            return;
         }
         if alive(self) {
             return;
@@ -276,6 +272,15 @@ impl Engine {
         self.tasks().values().all(|task| task.init().exit().is_some())
     }
 
+    /// Ends the shim if there is no task; whether that is so. Create fails from then on.
+    pub fn end_if_empty(&self) -> bool {
+        let tasks = self.tasks();
+        if tasks.is_empty() {
+            self.done.send_replace(true);
+        }
+        tasks.is_empty()
+    }
+
     /// Waits until the shim may end: after [`Engine::shutdown`], or when it stays without any task for five minutes.
     pub async fn done(&self) {
         let mut done = self.done.subscribe();
@@ -284,10 +289,8 @@ impl Engine {
             match tokio::time::timeout(EMPTY, done.wait_for(|done| *done)).await {
                 Ok(_) => return,
                 Err(_) if self.changes.load(Ordering::Relaxed) == seen => {
-                    let tasks = self.tasks();
-                    if tasks.is_empty() {
+                    if self.end_if_empty() {
                         log::warn!("no task for {EMPTY:?}; shutting down");
-                        self.done.send_replace(true);
                     }
                 }
                 Err(_) => {}
