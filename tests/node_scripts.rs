@@ -1330,7 +1330,10 @@ fn with_suites(programs: &[(&str, &str)]) -> Scripts {
     );
     scripts.program(
         "bin/systemd-run",
-        "#!/bin/bash\nwhile [[ $1 == -* ]]; do case $1 in --unit | --setenv | --property | --working-directory) shift ;; esac; shift; done\nexec \"$@\"\n",
+        // A unit has of the caller's environment what it is given by name.
+        "#!/bin/bash\nkept=()\nwhile [[ $1 == -* ]]; do\n\
+         case $1 in --setenv) kept+=(\"$2=${!2}\") && shift ;; --unit | --property | --working-directory) shift ;; esac\n\
+         shift\ndone\nexec env -i \"${kept[@]}\" \"$@\"\n",
     );
     let mut cargo = "#!/bin/sh\n".to_string();
     for (name, program) in programs {
@@ -1428,6 +1431,25 @@ fn what_did_not_run_in_the_node_is_no_success() {
         test(&scripts, &["containerd-2"]),
         &["containerd-2: cri", "did not run to its end"],
     );
+}
+
+#[test]
+fn zfs_is_the_snapshotter_of_cri_and_of_all_about_the_rootfs() {
+    let program = "echo \"by ${LXCRI_TEST_SNAPSHOTTER:-the default}: $*.\"\nfor word; do echo \"test $word ... ok\"; done\n\
+                   echo \"test result: ok. 1 passed; 0 failed; 0 ignored\"";
+    let scripts = with_suites(&["containerd", "cri", "backend_contract"].map(|name| (name, program)));
+    scripts.program("bin/containerd", "#!/bin/sh\necho containerd x 1.7.24 y\n");
+    let said = scripts.start(&mut scripts.script("test", &["systemd"])).end();
+    said.assert_ends(0);
+    for words in [
+        "systemd: containerd\nsystemd| by the default: --skip rootfs:: --skip ctr::.",
+        "systemd: containerd@zfs\nsystemd| by zfs: rootfs:: ctr::.",
+        "systemd: cri@zfs\nsystemd| by zfs: .",
+        "systemd: backend_contract\nsystemd| by the default: ",
+    ] {
+        assert!(said.out.contains(words), "{words:?} is not in {}", said.out);
+    }
+    scripts.assert_clean();
 }
 
 #[test]

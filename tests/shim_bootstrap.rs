@@ -368,8 +368,8 @@ fn the_socket_of_a_killed_shim_is_taken_over() {
     assert!(daemon.shims().iter().any(|pid| !before.contains(pid)));
 }
 
-/// What a shim does with a socket file at whose place it does not come to listen, `before_the_word` being what happens while it waits
-/// for the word of `start`; the word is given if that answers true.
+/// A shim that cannot serve removes its socket file. `before_the_word` happens while it waits for the word of `start`, which is given if
+/// that answers true.
 fn a_shim_leaves_no_socket(before_the_word: impl FnOnce(&Path, &OwnedFd) -> bool) {
     let daemon = Daemon::new();
     let bundle = daemon.bundle("c1", "");
@@ -427,6 +427,17 @@ fn a_shim_whose_bundle_is_gone_before_it_serves_removes_the_socket_file() {
         fs::remove_dir_all(bundle).unwrap();
         true
     });
+}
+
+#[test]
+fn a_shim_that_nobody_asks_for_anything_goes_with_its_bundle() {
+    let daemon = Daemon::new();
+    let bundle = daemon.bundle("a", "");
+    let address = text(daemon.command(&bundle, "a", "start").output().unwrap());
+    assert_eq!(daemon.shims().len(), 1);
+    fs::remove_dir_all(&bundle).unwrap();
+    eventually("the shim is gone", || daemon.shims().is_empty());
+    assert!(!socket(&address).exists());
 }
 
 #[test]
