@@ -10,7 +10,7 @@ const FILE: &str = r#"
 [annotations]
 allow = [
     "backend", "crun_binary", "crun_root", "systemd_cgroup", "no_pivot_root", "no_new_keyring", "shim_cgroup", "io_uid", "io_gid",
-    "criu_image_path", "criu_work_path", "runtime_timeout_ms", "drain_timeout_ms", "crun_debug",
+    "criu_image_path", "criu_work_path", "runtime_timeout_ms", "drain_timeout_ms", "crun_debug", "lxc_path",
 ]
 [[route]]
 image = "*a*?b"

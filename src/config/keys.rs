@@ -79,7 +79,7 @@ const fn safe(key: Key) -> Key {
 }
 
 /// All keys, in the order of their field numbers.
-pub(super) static KEYS: [Key; 14] = [
+pub(super) static KEYS: [Key; 15] = [
     safe(key(1, "backend", Slot::Text(|l| &mut l.backend, backend))),
     key(2, "crun_binary", Slot::Text(|l| &mut l.crun_binary, program)),
     key(3, "crun_root", Slot::Text(|l| &mut l.crun_root, folder)),
@@ -102,6 +102,7 @@ pub(super) static KEYS: [Key; 14] = [
         Slot::Millis(|l| &mut l.drain_timeout_ms, DRAIN_TIMEOUT_MS),
     )),
     key(14, "crun_debug", Slot::Flag(|l| &mut l.crun_debug)),
+    key(15, "lxc_path", Slot::Text(|l| &mut l.lxc_path, folder)),
 ];
 
 /// runc's options by their names in containerd's file, and our keys for them. Without one they decide nothing here: crun has CRIU as a

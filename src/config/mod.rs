@@ -92,6 +92,8 @@ pub struct Options {
     pub drain_timeout_ms: u64,
     /// crun's debug messages go into the shim's log.
     pub crun_debug: bool,
+    /// Absolute path of the folder of LXC's containers.
+    pub lxc_path: PathBuf,
 }
 
 impl Default for Options {
@@ -111,6 +113,7 @@ impl Default for Options {
             runtime_timeout_ms: 120_000,
             drain_timeout_ms: 2_000,
             crun_debug: false,
+            lxc_path: "/var/lib/lxc".into(),
         }
     }
 }
@@ -302,6 +305,7 @@ fn with_defaults(layer: Layer, container: &Container<'_>) -> Options {
         runtime_timeout_ms: layer.runtime_timeout_ms.unwrap_or(default.runtime_timeout_ms),
         drain_timeout_ms: layer.drain_timeout_ms.unwrap_or(default.drain_timeout_ms),
         crun_debug: layer.crun_debug.unwrap_or(default.crun_debug),
+        lxc_path: layer.lxc_path.map_or(default.lxc_path, PathBuf::from),
     }
 }
 

@@ -82,6 +82,9 @@ fn samples() -> Vec<Sample> {
         sample("crun_debug", json!(true), json!(false), |l, v| {
             l.crun_debug = v.as_bool()
         }),
+        sample("lxc_path", json!("/srv/lxc"), json!("/run/lxc"), |l, v| {
+            l.lxc_path = Some(text(v));
+        }),
     ];
     for sample in &mut all {
         sample.runc = match sample.key {
