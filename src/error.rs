@@ -2,12 +2,14 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What a client can do about an error. Each kind is one gRPC/ttrpc status code (google.rpc.Code), so that containerd's
 /// `errdefs` sees what its clients match.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
     /// The request itself is wrong; asking again does not help.
     InvalidArgument,

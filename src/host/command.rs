@@ -24,7 +24,7 @@ use std::{
 
 use crate::error::{Context, Error, Result};
 
-pub use pidfd::{Pidfd, end, identity, is_alive, left_of_session};
+pub use pidfd::{Pidfd, end, identity, is_alive, left_of_session, parent};
 pub use reaper::{Child, Hold, OUTPUT_MAX_BYTES, Output, Reaper};
 
 /// Stack of a child between clone and exec. The child only makes system calls; unoptimised builds need some KiB.
@@ -45,6 +45,7 @@ pub fn become_subreaper() -> Result<()> {
 #[derive(Debug)]
 pub struct Command {
     program: OsString,
+    arg0: Option<OsString>,
     args: Vec<OsString>,
     clear_env: bool,
     env: Vec<(OsString, OsString)>,
@@ -66,6 +67,7 @@ impl Command {
     pub fn new(program: impl Into<OsString>) -> Self {
         Self {
             program: program.into(),
+            arg0: None,
             args: Vec::new(),
             clear_env: false,
             env: Vec::new(),
@@ -74,6 +76,12 @@ impl Command {
             die_with_parent: false,
             group: Group::Inherited,
         }
+    }
+
+    /// What the program sees as its name, argument 0; without it the name that it was given by.
+    pub fn arg0(mut self, arg0: impl Into<OsString>) -> Self {
+        self.arg0 = Some(arg0.into());
+        self
     }
 
     /// One more argument.

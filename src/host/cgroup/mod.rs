@@ -107,6 +107,21 @@ impl Cgroup {
         Ok(pids.into_iter().collect())
     }
 
+    /// The files `cgroup.procs` by which a process joins the container whose init is `init`, one for each hierarchy.
+    ///
+    /// On v2 a cgroup that hands on controllers takes no processes (cgroups(7), "no internal processes"): there it is the one of init.
+    pub fn joinable(&self, init: u32) -> Vec<PathBuf> {
+        let hands_on = |folder: &Path| {
+            fs::read_to_string(folder.join("cgroup.subtree_control")).is_ok_and(|list| !list.trim().is_empty())
+        };
+        let of_init = match self {
+            Self::V2(folder) if hands_on(folder) => Self::of_process(init).ok(),
+            _ => None,
+        };
+        let folders = of_init.as_ref().unwrap_or(self).folders();
+        folders.into_iter().map(|folder| folder.join("cgroup.procs")).collect()
+    }
+
     /// Every folder once.
     fn folders(&self) -> BTreeSet<&Path> {
         match self {
@@ -145,6 +160,14 @@ impl Cgroup {
         }
         Error::new(kind_of_io(&error), format!("cannot {}", what())).with_source(error)
     }
+}
+
+/// Whether cgroup v2 speaks for the containers of this machine.
+///
+/// # Errors
+/// The operating system's.
+pub fn speaks_v2() -> Result<bool> {
+    Ok(Host::read()?.mounts().1)
 }
 
 /// Puts a process (the shim) into the cgroup `path` of every hierarchy, made where it is missing, as containerd's runc shim does for

@@ -157,6 +157,14 @@ pub fn identity(pid: u32) -> Result<Identity> {
     Ok(Identity { pid, start_ticks })
 }
 
+/// The parent of the process with the number `pid`, in the numbers of this process's pid namespace.
+///
+/// # Errors
+/// `NotFound` when there is none; `Unknown` when `/proc` cannot be understood.
+pub fn parent(pid: u32) -> Result<u32> {
+    read_stat(pid).map(|stat| stat.parent)
+}
+
 /// Whether that very process still runs; a zombie does not.
 pub fn is_alive(identity: &Identity) -> bool {
     read_stat(identity.pid)

@@ -106,7 +106,7 @@ impl Reaper {
                 .map_err(|e| Error::invalid(format!("{}: NUL byte in {text:?}", what())).with_source(e))
         };
         let path = text(program.as_os_str())?;
-        let mut argv = vec![text(&command.program)?];
+        let mut argv = vec![text(command.arg0.as_ref().unwrap_or(&command.program))?];
         for arg in &command.args {
             argv.push(text(arg)?);
         }
