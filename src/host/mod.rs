@@ -1,7 +1,8 @@
-//! The kernel: processes ([`command`]) and cgroups ([`cgroup`]).
+//! The machine: processes ([`command`]), cgroups ([`cgroup`]) and systemd's scopes ([`systemd`]).
 
 pub mod cgroup;
 pub mod command;
+pub mod systemd;
 
 use std::{fs::File, io::Read, path::Path};
 

@@ -137,6 +137,18 @@ pub fn container_path(cgroups_path: Option<&str>, systemd: bool, id: &str) -> Re
 }
 
 fn systemd_path(path: &str, id: &str) -> Result<PathBuf> {
+    let (scope, slice) = systemd_units(path, id);
+    if scope.contains('/') {
+        return Err(Error::invalid(format!(
+            "invalid systemd cgroup path {path:?}: a scope's name contains no \"/\""
+        )));
+    }
+    Ok(slice_path(slice)?.join(relative(&scope)?))
+}
+
+/// The scope and the slice that a path of the form `slice:prefix:name` names, as crun reads it, whether systemd takes the names or
+/// not.
+pub(in crate::host) fn systemd_units<'a>(path: &'a str, id: &str) -> (String, &'a str) {
     let (slice, scope) = if path.is_empty() {
         // No slice is asked for: systemd's own default.
         ("", format!("crun-{id}"))
@@ -144,14 +156,8 @@ fn systemd_path(path: &str, id: &str) -> Result<PathBuf> {
         let (slice, unit) = path.split_once(':').unwrap_or((path, path));
         (slice, unit.replacen(':', "-", 1))
     };
-    let scope = format!("{scope}.scope");
-    if scope.contains('/') {
-        return Err(Error::invalid(format!(
-            "invalid systemd cgroup path {path:?}: a scope's name contains no \"/\""
-        )));
-    }
-    let slices = slice_path(if slice.is_empty() { "system.slice" } else { slice })?;
-    Ok(slices.join(relative(&scope)?))
+    let slice = if slice.is_empty() { "system.slice" } else { slice };
+    (format!("{scope}.scope"), slice)
 }
 
 /// The folders of a slice: `a-b.slice` lies in `a.slice` (systemd.slice(5)); `-.slice` is the root.
