@@ -24,7 +24,7 @@ use crate::error::{Context, Error, Result, kind_of_io};
 ///
 /// # Errors
 /// The kernel's, among them `InvalidArgument` for maps that overlap.
-pub(super) fn user_namespace(map: &IdMap) -> Result<OwnedFd> {
+pub(crate) fn user_namespace(map: &IdMap) -> Result<OwnedFd> {
     let (wait, alive) = nix::unistd::pipe2(OFlag::O_CLOEXEC).context(|| "cannot make a pipe")?;
     let holder = Holder::start(&wait).context(|| "cannot make a user namespace")?;
     let file = |name: &str| format!("/proc/{}/{name}", holder.pid);
@@ -49,7 +49,7 @@ pub(super) fn user_namespace(map: &IdMap) -> Result<OwnedFd> {
 }
 
 /// Shifts the owners that the detached mount `mount` shows.
-pub(super) fn apply(mount: &OwnedFd, namespace: &OwnedFd) -> io::Result<()> {
+pub(crate) fn apply(mount: &OwnedFd, namespace: &OwnedFd) -> io::Result<()> {
     use std::os::fd::AsFd;
     let attributes = MountAttr {
         set: attr::IDMAP,

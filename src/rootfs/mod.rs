@@ -33,14 +33,14 @@ use crate::{
 };
 
 mod helper;
-mod idmap;
+pub(crate) mod idmap;
 mod loopdev;
-mod mount;
+pub(crate) mod mount;
 pub mod mountinfo;
 pub mod options;
 mod overlay;
 mod release;
-mod sys;
+pub(crate) mod sys;
 #[cfg(test)]
 mod tests;
 

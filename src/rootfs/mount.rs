@@ -40,13 +40,13 @@ const LOOKUP_TRIES: u32 = 32;
 
 /// What the kernel would not do.
 #[derive(Debug)]
-pub(super) struct Refusal {
+pub(crate) struct Refusal {
     what: String,
-    pub(super) cause: io::Error,
+    pub(crate) cause: io::Error,
 }
 
 impl Refusal {
-    pub(super) fn new(what: impl Into<String>, cause: impl Into<io::Error>) -> Self {
+    pub(crate) fn new(what: impl Into<String>, cause: impl Into<io::Error>) -> Self {
         Self {
             what: what.into(),
             cause: cause.into(),
@@ -256,7 +256,7 @@ fn map_owners(detached: &OwnedFd, options: &Options) -> Result<()> {
 pub(super) const NO_IDMAP: &str = "cannot map owners (uidmap, gidmap); the file system may not know idmapped mounts";
 
 /// The attributes of a mount that `flags` ask for, as mount(2) understands them.
-pub(super) fn attributes(flags: MsFlags) -> u64 {
+pub(crate) fn attributes(flags: MsFlags) -> u64 {
     let pairs = [
         (MsFlags::MS_RDONLY, attr::RDONLY),
         (MsFlags::MS_NOSUID, attr::NOSUID),
@@ -305,7 +305,7 @@ fn file_system_from(
     } else {
         (mount.source.clone(), options.data.clone())
     };
-    let context = if fits_context(&mount.kind, options) {
+    let context = if fits_context(&mount.kind, options.flags) {
         parameters(&data)
     } else {
         None
@@ -372,18 +372,18 @@ fn behind_loops(mount: &Mount, options: &Options, devices: &mut Vec<LoopDevice>)
 
 /// Whether fsopen(2) can express the mount. It has no word for two old flags, and OpenZFS is only at home with mount(2), which is what
 /// mount.zfs(8) calls.
-fn fits_context(kind: &str, options: &Options) -> bool {
-    kind != "zfs" && !options.flags.intersects(MsFlags::MS_SILENT | MsFlags::MS_I_VERSION)
+pub(crate) fn fits_context(kind: &str, flags: MsFlags) -> bool {
+    kind != "zfs" && !flags.intersects(MsFlags::MS_SILENT | MsFlags::MS_I_VERSION)
 }
 
 /// An option on its way to fsconfig(2).
-pub(super) struct Parameter<'a> {
-    pub(super) key: &'a str,
+pub(crate) struct Parameter<'a> {
+    pub(crate) key: &'a str,
     pub(super) value: Option<Cow<'a, str>>,
 }
 
 impl<'a> Parameter<'a> {
-    pub(super) fn new(word: &'a str) -> Self {
+    pub(crate) fn new(word: &'a str) -> Self {
         match word.split_once('=') {
             Some((key, value)) => Self {
                 key,
@@ -416,7 +416,7 @@ fn unquoted<'a>(key: &str, value: &'a str) -> &'a str {
 }
 
 /// The words as single options; `None` when one of them is too long for fsconfig(2).
-fn parameters(words: &[String]) -> Option<Vec<Parameter<'_>>> {
+pub(crate) fn parameters(words: &[String]) -> Option<Vec<Parameter<'_>>> {
     let mut parameters = Vec::new();
     for word in words {
         // The kernel splits the string of mount(2) at commas outside of quotes, so a word may hold several options.
@@ -437,7 +437,7 @@ fn parameters(words: &[String]) -> Option<Vec<Parameter<'_>>> {
 }
 
 /// A detached mount of a new file system.
-pub(super) fn from_context(
+pub(crate) fn from_context(
     kind: &str,
     source: &str,
     flags: MsFlags,
@@ -489,7 +489,7 @@ pub(super) fn from_context(
 ///
 /// # Errors
 /// `InvalidArgument` when it is longer than the page that the kernel reads.
-pub(super) fn page_of(words: &[String]) -> Result<String> {
+pub(crate) fn page_of(words: &[String]) -> Result<String> {
     let data = words.join(",");
     if data.len() >= page_bytes() {
         return Err(Error::invalid(format!(

@@ -22,7 +22,7 @@ const FSCONFIG_SET_STRING: c_uint = 1;
 const FSCONFIG_CMD_CREATE: c_uint = 6;
 
 /// Attributes of a mount (linux/mount.h).
-pub(super) mod attr {
+pub(crate) mod attr {
     /// Read-only.
     pub(crate) const RDONLY: u64 = 0x01;
     /// No set-user-id programs.
@@ -48,11 +48,11 @@ pub(super) mod attr {
 /// `struct mount_attr` of mount_setattr(2).
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct MountAttr {
-    pub(super) set: u64,
-    pub(super) clear: u64,
-    pub(super) propagation: u64,
-    pub(super) userns_fd: u64,
+pub(crate) struct MountAttr {
+    pub(crate) set: u64,
+    pub(crate) clear: u64,
+    pub(crate) propagation: u64,
+    pub(crate) userns_fd: u64,
 }
 
 fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
@@ -71,7 +71,7 @@ fn done(result: libc::c_long) -> io::Result<()> {
 }
 
 /// A detached copy of the mount that holds `path`, from there on; with all mounts below it when `recursive`.
-pub(super) fn open_tree_clone<P: ?Sized + NixPath>(path: &P, recursive: bool) -> io::Result<OwnedFd> {
+pub(crate) fn open_tree_clone<P: ?Sized + NixPath>(path: &P, recursive: bool) -> io::Result<OwnedFd> {
     let mut flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC;
     if recursive {
         flags |= libc::AT_RECURSIVE as c_uint;
@@ -83,8 +83,18 @@ pub(super) fn open_tree_clone<P: ?Sized + NixPath>(path: &P, recursive: bool) ->
     descriptor(result)
 }
 
+/// The same for what `fd` holds, which may be an `O_PATH` descriptor.
+pub(crate) fn open_tree_clone_of(fd: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
+    let mut flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH as c_uint;
+    if recursive {
+        flags |= libc::AT_RECURSIVE as c_uint;
+    }
+    // SAFETY: the path is an empty C string, the descriptor is open.
+    descriptor(unsafe { libc::syscall(libc::SYS_open_tree, fd.as_raw_fd(), c"".as_ptr(), flags) })
+}
+
 /// Attaches the detached mount `from` on top of `to`.
-pub(super) fn move_mount(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn move_mount(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: both paths are empty C strings, both descriptors are open.
     done(unsafe {
         libc::syscall(
@@ -99,7 +109,7 @@ pub(super) fn move_mount(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result
 }
 
 /// Changes attributes of `mount`; of all mounts below it too when `recursive`.
-pub(super) fn mount_setattr(mount: BorrowedFd<'_>, recursive: bool, attributes: &MountAttr) -> io::Result<()> {
+pub(crate) fn mount_setattr(mount: BorrowedFd<'_>, recursive: bool, attributes: &MountAttr) -> io::Result<()> {
     let mut flags = libc::AT_EMPTY_PATH;
     if recursive {
         flags |= libc::AT_RECURSIVE;
@@ -119,11 +129,11 @@ pub(super) fn mount_setattr(mount: BorrowedFd<'_>, recursive: bool, attributes: 
 
 /// A file system that is being configured.
 #[derive(Debug)]
-pub(super) struct FsContext(OwnedFd);
+pub(crate) struct FsContext(OwnedFd);
 
 impl FsContext {
     /// fsopen(2).
-    pub(super) fn open(kind: &CStr) -> io::Result<Self> {
+    pub(crate) fn open(kind: &CStr) -> io::Result<Self> {
         // SAFETY: `kind` is NUL-terminated and lives through the call.
         descriptor(unsafe { libc::syscall(libc::SYS_fsopen, kind.as_ptr(), FSOPEN_CLOEXEC) }).map(Self)
     }
@@ -144,17 +154,17 @@ impl FsContext {
     }
 
     /// An option with a value. The kernel takes at most 255 bytes.
-    pub(super) fn set(&self, key: &CStr, value: &CStr) -> io::Result<()> {
+    pub(crate) fn set(&self, key: &CStr, value: &CStr) -> io::Result<()> {
         self.config(FSCONFIG_SET_STRING, Some(key), Some(value))
     }
 
     /// An option without a value.
-    pub(super) fn set_flag(&self, key: &CStr) -> io::Result<()> {
+    pub(crate) fn set_flag(&self, key: &CStr) -> io::Result<()> {
         self.config(FSCONFIG_SET_FLAG, Some(key), None)
     }
 
     /// Makes the file system, and a detached mount of it with `attributes` ([`attr`]).
-    pub(super) fn mount(&self, attributes: u64) -> io::Result<OwnedFd> {
+    pub(crate) fn mount(&self, attributes: u64) -> io::Result<OwnedFd> {
         self.config(FSCONFIG_CMD_CREATE, None, None)?;
         // SAFETY: the descriptor is open; the other arguments are plain numbers.
         descriptor(unsafe {
@@ -168,7 +178,7 @@ impl FsContext {
     }
 
     /// What the file system itself says went wrong, joined by `; `; empty when it says nothing.
-    pub(super) fn complaints(&self) -> String {
+    pub(crate) fn complaints(&self) -> String {
         let mut texts: Vec<String> = Vec::new();
         let mut line = [0_u8; 1024];
         // The kernel keeps eight lines. Each read takes one, "e <text>" for an error, and fails when none is left.

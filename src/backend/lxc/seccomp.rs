@@ -26,10 +26,13 @@ use nix::{
 use oci_spec::runtime::{
     Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSyscall,
 };
+use serde::{Deserialize, Serialize};
 
+use super::dynamic;
 use crate::error::{Context, Error, Kind, Result};
 
-const LIBRARY: &CStr = c"libseccomp.so.2";
+const LIBRARY: &str = "libseccomp.so.2";
+const PACKAGE: &str = "libseccomp2";
 
 /// The arguments of a system call.
 const ARGUMENTS: usize = 6;
@@ -49,10 +52,11 @@ const MAX_ERRNO: u32 = 4094;
 ///
 /// It is for the thread that loads it and for what that thread starts later. The loader MUST have set no_new_privs or have
 /// CAP_SYS_ADMIN in its user namespace; the program is in the byte order of this machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Filter {
     /// An array of `struct sock_filter` (linux/filter.h): 1 to 4096 instructions of 8 bytes. The kernel copies it, so its alignment
     /// does not matter.
+    #[serde(with = "hexadecimal")]
     pub program: Vec<u8>,
     /// `SECCOMP_FILTER_FLAG_*` for SECCOMP_SET_MODE_FILTER, NEW_LISTENER among them exactly when there is a [`Filter::listener`].
     /// Then a success returns a descriptor, else 0; a failure is always an errno.
@@ -68,12 +72,43 @@ pub struct Filter {
 }
 
 /// The agent that gets the descriptor (OCI config-linux.md, listenerPath).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Listener {
     /// Path of its unix stream socket.
     pub path: PathBuf,
     /// The `metadata` of the container process state that is sent to it.
     pub metadata: Option<String>,
+}
+
+/// A program as text: two digits for a byte, where a list of numbers would take four characters.
+mod hexadecimal {
+    use std::fmt::Write;
+
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    use super::INSTRUCTION_BYTES;
+
+    pub(super) fn serialize<S: Serializer>(program: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        let mut text = String::with_capacity(2 * program.len());
+        for byte in program {
+            // Writing to a String cannot fail.
+            let _ = write!(text, "{byte:02x}");
+        }
+        serializer.serialize_str(&text)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
+        let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
+        let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+        let program: Option<Vec<u8>> = pairs
+            .iter()
+            .map(|[high, low]| Some(digit(*high)? << 4 | digit(*low)?))
+            .collect();
+        program
+            .filter(|program| rest.is_empty() && program.len() % INSTRUCTION_BYTES == 0)
+            .ok_or_else(|| D::Error::custom("a seccomp program is a text of hexadecimal instructions"))
+    }
 }
 
 /// Compiles a profile.
@@ -87,7 +122,7 @@ pub struct Listener {
 /// # Errors
 /// - `InvalidArgument`: a field of the profile, named by its path, is out of range or contradicts another one, or the program
 ///   would be too long for the kernel.
-/// - `FailedPrecondition`: this machine has no libseccomp.
+/// - `Unavailable`: this machine has no libseccomp.
 pub fn compile(seccomp: &LinuxSeccomp) -> Result<Filter> {
     let rules = Rules::read(seccomp)?;
     let listener = listener(seccomp)?;
@@ -352,56 +387,6 @@ fn flags(seccomp: &LinuxSeccomp, listens: bool) -> u64 {
     flags
 }
 
-/// A handle of dlopen(3).
-struct Handle(NonNull<c_void>);
-
-impl Handle {
-    fn open(name: &CStr) -> Result<Self> {
-        // SAFETY: the name is a C string. What is loaded is the system's libseccomp, whose initialisation asks nothing of this process.
-        let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
-        NonNull::new(handle).map(Self).ok_or_else(|| unusable(name))
-    }
-
-    /// The address of a function.
-    ///
-    /// # Safety
-    /// `F` MUST be the type of a pointer to the C function of that name, and MUST NOT be used after the handle.
-    unsafe fn function<F: Copy>(&self, library: &CStr, name: &CStr) -> Result<F> {
-        const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
-        // SAFETY: the handle is open, the name is a C string.
-        let address = unsafe { libc::dlsym(self.0.as_ptr(), name.as_ptr()) };
-        if address.is_null() {
-            return Err(unusable(library));
-        }
-        // SAFETY: both are pointers of one size, this one is not null; the type is the caller's promise.
-        Ok(unsafe { std::mem::transmute_copy(&address) })
-    }
-}
-
-impl Drop for Handle {
-    fn drop(&mut self) {
-        // SAFETY: opened once, closed once; functions are not used after it (`Handle::function`).
-        unsafe { libc::dlclose(self.0.as_ptr()) };
-    }
-}
-
-/// Why the last dlopen(3) or dlsym(3) of this thread failed.
-fn unusable(library: &CStr) -> Error {
-    // SAFETY: no arguments; the text is this thread's and stays until its next call of the kind.
-    let text = unsafe { libc::dlerror() };
-    let cause = if text.is_null() {
-        "unknown cause".to_owned()
-    } else {
-        // SAFETY: not null, so it is a C string.
-        unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
-    };
-    Error::precondition(format!(
-        "cannot use {}, which linux.seccomp needs; install the Debian package libseccomp2",
-        library.to_string_lossy()
-    ))
-    .with_source(cause)
-}
-
 /// libseccomp, as far as it is needed. Signatures: seccomp.h.
 struct Library {
     init: unsafe extern "C" fn(u32) -> *mut c_void,
@@ -411,21 +396,21 @@ struct Library {
     syscall_resolve_name: unsafe extern "C" fn(*const c_char) -> c_int,
     export_bpf: unsafe extern "C" fn(*mut c_void, c_int) -> c_int,
     /// Keeps the others valid.
-    _handle: Handle,
+    _handle: dynamic::Library,
 }
 
 impl Library {
-    fn open(name: &CStr) -> Result<Self> {
-        let handle = Handle::open(name)?;
+    fn open(name: &str) -> Result<Self> {
+        let handle = dynamic::Library::open(name, "linux.seccomp", PACKAGE)?;
         // SAFETY: each name has its signature of seccomp.h; the handle goes into the same value.
         unsafe {
             Ok(Self {
-                init: handle.function(name, c"seccomp_init")?,
-                release: handle.function(name, c"seccomp_release")?,
-                arch_add: handle.function(name, c"seccomp_arch_add")?,
-                rule_add_array: handle.function(name, c"seccomp_rule_add_array")?,
-                syscall_resolve_name: handle.function(name, c"seccomp_syscall_resolve_name")?,
-                export_bpf: handle.function(name, c"seccomp_export_bpf")?,
+                init: handle.function(c"seccomp_init")?,
+                release: handle.function(c"seccomp_release")?,
+                arch_add: handle.function(c"seccomp_arch_add")?,
+                rule_add_array: handle.function(c"seccomp_rule_add_array")?,
+                syscall_resolve_name: handle.function(c"seccomp_syscall_resolve_name")?,
+                export_bpf: handle.function(c"seccomp_export_bpf")?,
                 _handle: handle,
             })
         }
@@ -499,7 +484,7 @@ impl<'a> Database<'a> {
     }
 
     fn export(&self) -> Result<Vec<u8>> {
-        let mut file = memory()?;
+        let mut file = memory(c"linux.seccomp")?;
         let fd: RawFd = file.as_raw_fd();
         // SAFETY: the context is valid as long as `self`, the descriptor as long as `file`.
         let code = unsafe { (self.library.export_bpf)(self.context.as_ptr(), fd) };
@@ -534,8 +519,8 @@ fn refused(code: c_int, message: String) -> Error {
 }
 
 /// A file in memory, because libseccomp before 2.6 exports to nothing but a descriptor, and a pipe would block on a long program.
-fn memory() -> Result<File> {
-    let make = |more| memfd_create(c"linux.seccomp", MFdFlags::MFD_CLOEXEC | more);
+pub(super) fn memory(name: &CStr) -> Result<File> {
+    let make = |more| memfd_create(name, MFdFlags::MFD_CLOEXEC | more);
     // Hardened kernels (vm.memfd_noexec=2) demand the flag, those before 6.3 refuse it.
     let file = match make(MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL)) {
         Err(Errno::EINVAL) => make(MFdFlags::empty()),
