@@ -4,7 +4,10 @@ PREFIX  ?= /usr/local
 DESTDIR ?=
 CARGO   ?= cargo
 TARGET  := $(or $(CARGO_TARGET_DIR),target)
+BIN     := $(TARGET)/bin
 SHIM    := containerd-shim-proxmox-lxcri-v1
+# The backend lxc looks for it beside the shim.
+INIT    := proxmox-lxcri-init
 # Of the package: configurations to start from.
 EXAMPLES = $(PREFIX)/share/doc/proxmox-lxcri
 
@@ -14,8 +17,18 @@ EXAMPLES = $(PREFIX)/share/doc/proxmox-lxcri
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
-build: ## build the release of the shim
-	$(CARGO) build --release --bin $(SHIM)
+build: $(BIN)/$(SHIM) $(BIN)/$(INIT) ## build the release of the shim and of the init of its LXC containers, into target/bin
+
+# The shim at a fixed address, because relocated pages are each process's own (docs/decisions/0023). Its init static, because there is less
+# to load when a container begins, and nothing of the host to look for. Both in a place of their own: what cargo links for tests and
+# benchmarks into target/release is neither.
+SOURCES := Cargo.toml Cargo.lock build.rs $(shell find src proto -type f)
+$(BIN)/$(SHIM): $(SOURCES)
+	$(CARGO) rustc --release --bin $(SHIM) -- -C relocation-model=static
+	@install -D -m 0755 $(TARGET)/release/$(SHIM) $@
+$(BIN)/$(INIT): $(SOURCES)
+	$(CARGO) rustc --release --bin $(INIT) -- -C target-feature=+crt-static
+	@install -D -m 0755 $(TARGET)/release/$(INIT) $@
 
 demo: ## show a container through ctr and a pod through CRI (root; installs what is missing)
 	@packaging/demo
@@ -32,23 +45,21 @@ node-shell: ## boot the same node and get a shell on it, with the shim installed
 	@packaging/dependencies node
 	@tests/node/shell
 
-bench: ## measure side by side with containerd-shim-runc-v2 (root); BENCH_ARGS are handed on
-	$(CARGO) build --release --bin $(SHIM)
-	$(CARGO) bench --bench shims -- $(BENCH_ARGS)
+bench: build ## measure side by side with containerd-shim-runc-v2 and LXC (root); BENCH_ARGS are handed on
+	$(CARGO) bench --bench shims -- --ours $(abspath $(BIN)/$(SHIM)) $(BENCH_ARGS)
 
 # What is already built is installed as it is, so that root needs no cargo: make build && sudo make install
-install: $(TARGET)/release/$(SHIM) ## install shim, man page and examples below $(DESTDIR)$(PREFIX), /usr/local by default
+# Only root reads the init: a program that its process may not read is not traced from a user namespace either.
+install: $(BIN)/$(SHIM) $(BIN)/$(INIT) ## install shim, man page and examples below $(DESTDIR)$(PREFIX), /usr/local by default
 	install -D -m 0755 $< $(DESTDIR)$(PREFIX)/bin/$(SHIM)
+	install -D -m 0711 $(BIN)/$(INIT) $(DESTDIR)$(PREFIX)/bin/$(INIT)
 	install -D -m 0644 packaging/$(SHIM).8 $(DESTDIR)$(PREFIX)/share/man/man8/$(SHIM).8
 	install -d $(DESTDIR)$(EXAMPLES)
 	install -m 0644 $(addprefix packaging/,config.toml containerd-v2.toml containerd-v3.toml runtimeclass.yaml) $(DESTDIR)$(EXAMPLES)
 
 uninstall: ## remove what install has put there
-	rm -f $(DESTDIR)$(PREFIX)/bin/$(SHIM) $(DESTDIR)$(PREFIX)/share/man/man8/$(SHIM).8
+	rm -f $(DESTDIR)$(PREFIX)/bin/$(SHIM) $(DESTDIR)$(PREFIX)/bin/$(INIT) $(DESTDIR)$(PREFIX)/share/man/man8/$(SHIM).8
 	rm -rf $(DESTDIR)$(EXAMPLES)
-
-$(TARGET)/release/$(SHIM): Cargo.toml Cargo.lock build.rs $(shell find src proto -type f)
-	$(MAKE) build
 
 clean: ## remove what was built
 	$(CARGO) clean

@@ -1,4 +1,4 @@
-//! `containerd-shim-proxmox-lxcri-v1`: one containerd runtime for crun containers and, later, LXC containers, Proxmox VE
+//! `containerd-shim-proxmox-lxcri-v1`: one containerd runtime for crun containers, LXC containers and, later, Proxmox VE
 //! containers and Proxmox VE virtual machines.
 //!
 //! # The rooms, in the order in which a request walks through them
@@ -28,7 +28,9 @@
 //! - **rootfs**: what the task's mounts make of `<bundle>/rootfs`.
 //! - **sandbox**: the first container of a pod; the pod's other tasks live in the same shim.
 //! - **record**: the file `<bundle>/proxmox-lxcri.json`, which tells a fresh process what has to be undone.
-//! - **backend**: what holds a container: crun, later LXC, a Proxmox CT or a Proxmox VM.
+//! - **backend**: what holds a container: crun, LXC, later a Proxmox CT or a Proxmox VM.
+//! - **monitor**: the parent of an LXC container's init: this program, on liblxc.
+//! - **helper**: `proxmox-lxcri-init`, which becomes an LXC container's init, and its execs.
 //!
 //! # Phases of a process
 //!

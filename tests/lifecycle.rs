@@ -145,6 +145,7 @@ impl Fake {
             pid: child.pid(),
             process: child.pidfd(),
             exit: Box::pin(async move { child.wait().await.unwrap_or(Exit::now(255)) }),
+            cgroup: None,
         })
     }
 }

@@ -1275,14 +1275,14 @@ fn the_shim_in_the_node_is_the_release() {
     );
     scripts.program(
         "bin/make",
-        "#!/bin/sh\nmkdir -p target/release && printf '#!/bin/sh\\necho release\\n' >target/release/shim\n",
+        "#!/bin/sh\nmkdir -p target/bin && printf '#!/bin/sh\\necho release\\n' >target/bin/shim\n",
     );
     let said = scripts.start(&mut scripts.script("test", &[])).end();
     said.assert_ends(0);
     assert!(said.out.starts_with("release\n"), "{said:?}");
 
     // Never the debug build in its place.
-    fs::remove_file(scripts.path("checkout/target/release/shim")).unwrap();
+    fs::remove_file(scripts.path("checkout/target/bin/shim")).unwrap();
     scripts.program("bin/make", "#!/bin/sh\n");
     scripts
         .start(&mut scripts.script("test", &[]))
@@ -1348,7 +1348,7 @@ fn with_suites(programs: &[(&str, &str)]) -> Scripts {
     scripts
 }
 
-const PASSES: &str = r#"if [[ "ctr::a_test" == *"${1:-}"* ]]; then
+const PASSES: &str = r#"if [[ "ctr::a_test lifecycle::a_test" == *"${1:-}"* ]]; then
     for word; do echo "test $word ... ok"; done
     echo "test result: ok. 1 passed; 0 failed; 0 ignored"
     exit
@@ -1435,7 +1435,7 @@ fn what_did_not_run_in_the_node_is_no_success() {
 
 #[test]
 fn zfs_is_the_snapshotter_of_cri_and_of_all_about_the_rootfs() {
-    let program = "echo \"by ${LXCRI_TEST_SNAPSHOTTER:-the default}: $*.\"\nfor word; do echo \"test $word ... ok\"; done\n\
+    let program = "echo \"by ${LXCRI_TEST_SNAPSHOTTER:-the default}${LXCRI_TEST_BACKEND:+ on $LXCRI_TEST_BACKEND}: $*.\"\nfor word; do echo \"test $word ... ok\"; done\n\
                    echo \"test result: ok. 1 passed; 0 failed; 0 ignored\"";
     let scripts = with_suites(&["containerd", "cri", "backend_contract"].map(|name| (name, program)));
     scripts.program("bin/containerd", "#!/bin/sh\necho containerd x 1.7.24 y\n");
@@ -1445,8 +1445,54 @@ fn zfs_is_the_snapshotter_of_cri_and_of_all_about_the_rootfs() {
         "systemd: containerd\nsystemd| by the default: --skip rootfs:: --skip ctr::.",
         "systemd: containerd@zfs\nsystemd| by zfs: rootfs:: ctr::.",
         "systemd: cri@zfs\nsystemd| by zfs: .",
+        "systemd: cri@lxc\nsystemd| by the default on lxc: .",
         "systemd: backend_contract\nsystemd| by the default: ",
     ] {
+        assert!(said.out.contains(words), "{words:?} is not in {}", said.out);
+    }
+    scripts.assert_clean();
+}
+
+#[test]
+fn what_runs_on_lxc_7_finds_no_other_lxc() {
+    let passes =
+        "for word; do echo \"test $word ... ok\"; done; echo \"test result: ok. 1 passed; 0 failed; 0 ignored\"";
+    let program = format!("echo \"on ${{LXCRI_TEST_BACKEND:-any}} with $(lxc-ls --version)\"\n{passes}");
+    let scripts = with_suites(&["lxc", "backend_contract"].map(|name| (name, program.as_str())));
+    // 7 where it has been laid over /usr in a mount namespace of its own.
+    let outside = fs::read_link("/proc/self/ns/mnt").unwrap();
+    let laid = scripts.path("laid");
+    scripts.program(
+        "bin/mount",
+        &format!(
+            "#!/bin/sh\nreadlink /proc/self/ns/mnt >{}\necho \"mount $*\" >&2\n",
+            laid.display()
+        ),
+    );
+    let tool = format!(
+        "#!/bin/sh\n[ \"$(readlink /proc/self/ns/mnt)\" = {} ] && echo 6.0.4 || echo 7.0.0\n",
+        outside.display()
+    );
+    scripts.program("bin/lxc-ls", &tool);
+    let said = scripts.start(&mut scripts.script("test", &["lxc-7"])).end();
+    said.assert_ends(0);
+    assert_ne!(fs::read_to_string(&laid).unwrap().trim_end(), outside.to_str().unwrap());
+    for words in [
+        "mount -t overlay lxc-7 -o ro,lowerdir=/opt/lxc-7/usr:/usr /usr\n",
+        "lxc-7: lxc\n",
+        "on any with 7.0.0\n",
+        "lxc-7: backend_contract@lxc\n",
+        "on lxc with 7.0.0\n",
+    ] {
+        assert!(said.out.contains(words), "{words:?} is not in {}", said.out);
+    }
+    scripts.assert_clean();
+
+    // Another one than the lane is for.
+    scripts.program("bin/lxc-ls", "#!/bin/sh\necho 6.0.4\n");
+    let said = scripts.start(&mut scripts.script("test", &["lxc-7"])).end();
+    said.assert_ends(1);
+    for words in ["the lane lxc-7 is for LXC 7, and \"6.0.4\"", "did not run to its end"] {
         assert!(said.out.contains(words), "{words:?} is not in {}", said.out);
     }
     scripts.assert_clean();
@@ -1498,7 +1544,7 @@ fn no_more_lanes_run_at_once_than_there_are_processors() {
     let said = scripts.start(command.env("LXCRI_NODE_TIMEOUT", "3")).end();
     said.assert_ends(124);
     assert!(!said.out.contains("==> containerd-2"), "{}", said.out);
-    assert_eq!(said.out.matches("did not run to its end").count(), 6, "{}", said.out);
+    assert_eq!(said.out.matches("did not run to its end").count(), 8, "{}", said.out);
 }
 
 #[test]

@@ -84,8 +84,8 @@ impl Daemon {
             let mut words = Vec::new();
             eventually("a process that was just executed has its arguments", || {
                 words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-                let ours = fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == Path::new(PROGRAM));
-                !words.is_empty() || !ours
+                // Kernel threads and the dead have no program.
+                !words.is_empty() || fs::read_link(entry.path().join("exe")).is_err()
             });
             let words: Vec<_> = words.split(|b| *b == 0).collect();
             if words.contains(&address.as_bytes()) && !words.iter().any(|w| [&b"start"[..], b"delete"].contains(w)) {

@@ -223,7 +223,12 @@ impl Crun {
         let (process, exit) = self.reaper.adopt(pid)?;
         birth.done = true;
         drop(hold);
-        Ok(Launched { pid, process, exit })
+        Ok(Launched {
+            pid,
+            process,
+            exit,
+            cgroup: None,
+        })
     }
 
     /// Ends everything in the container's cgroup, the frozen too: signals alone do not end those.

@@ -21,7 +21,10 @@ use serde::{Deserialize, Serialize};
 use crate::{
     config,
     error::{Error, Result},
-    host::command::{Pidfd, Reaper},
+    host::{
+        cgroup::Cgroup,
+        command::{Pidfd, Reaper},
+    },
     task::{Backends, bundle::Bundle, record::Record},
 };
 
@@ -56,6 +59,8 @@ pub struct Launched {
     /// Resolves when it has ended and was reaped. Subscribed before the launch, so an exit is never missed; it may be dropped, and
     /// then the process is reaped all the same.
     pub exit: BoxFuture<'static, Exit>,
+    /// For init: the container's cgroup, with its limits, where that is not the one in which the process is born but one above it.
+    pub cgroup: Option<Cgroup>,
 }
 
 /// The stdio of a process as the backend sees it: descriptors and nothing else. All are close-on-exec in the shim.
@@ -149,6 +154,19 @@ pub trait Backend: Send + Sync {
     /// Runs a further process. Stdio that the backend cannot give MUST be `Unimplemented`, never dropped.
     async fn exec(&self, rec: &Record, exec_id: &str, process: &ExecSpec, io: ChildIo) -> Result<Launched>;
 
+    /// What init is sent for a Kill with `signal`. A backend whose init takes another signal for the wish to end it translates; SIGKILL
+    /// MUST stay what it is. Execs get what the client says.
+    fn init_signal(&self, rec: &Record, signal: i32) -> i32 {
+        let _ = rec;
+        signal
+    }
+
+    /// Called once, when init's exit and those of its execs have been published: what the backend has kept until then for whoever
+    /// looks at the container's end may go.
+    async fn exited(&self, rec: &Record) {
+        let _ = rec;
+    }
+
     /// Asks the authority, never a cache.
     async fn observe(&self, rec: &Record) -> Result<Observed>;
 
@@ -191,8 +209,10 @@ pub trait Backend: Send + Sync {
 /// The returned function answers `Unimplemented`, by name, for a backend that does not exist yet.
 pub fn all(reaper: &Reaper) -> Backends {
     let crun: Arc<dyn Backend> = Arc::new(crun::Crun::new(reaper.clone()));
+    let lxc: Arc<dyn Backend> = Arc::new(lxc::Lxc::new(reaper.clone()));
     Arc::new(move |options| match options.backend.as_str() {
         "crun" => Ok(crun.clone()),
+        "lxc" => Ok(lxc.clone()),
         known if config::BACKENDS.contains(&known) => Err(Error::unimplemented(format!(
             "backend {known} is known but not built yet; use backend crun"
         ))),

@@ -2,6 +2,27 @@
 
 use std::process::ExitCode;
 
+// As symbols of the program itself, for liblxc to call in place of libc's; see `proxmox_lxcri::backend::lxc::monitor`, and build.rs. In
+// assembly, because link-time optimisation hides what nobody in the program calls.
+macro_rules! export {
+    ($name:literal, $target:path) => {
+        #[cfg(target_arch = "x86_64")]
+        std::arch::global_asm!(
+            concat!(".globl ", $name), concat!(".type ", $name, ",@function"), concat!($name, ":"), "jmp {target}",
+            target = sym $target,
+        );
+        #[cfg(target_arch = "aarch64")]
+        std::arch::global_asm!(
+            concat!(".globl ", $name), concat!(".type ", $name, ",%function"), concat!($name, ":"), "b {target}",
+            target = sym $target,
+        );
+    };
+}
+export!("waitpid", proxmox_lxcri::backend::lxc::monitor::waitpid);
+export!("accept", proxmox_lxcri::backend::lxc::monitor::accept);
+export!("execvp", proxmox_lxcri::backend::lxc::monitor::execvp);
+export!("accept4", proxmox_lxcri::backend::lxc::monitor::accept4);
+
 fn main() -> ExitCode {
     proxmox_lxcri::shim::main(std::env::args_os().skip(1))
 }

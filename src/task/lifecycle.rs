@@ -215,7 +215,10 @@ impl Task {
     fn adopt(&self, launched: &Launched) -> Result<()> {
         let pid = launched.pid;
         let early = self.init.launched(pid, launched.process.clone());
-        let cgroup = Cgroup::of_process(pid)
+        let cgroup = launched
+            .cgroup
+            .clone()
+            .map_or_else(|| Cgroup::of_process(pid), Ok)
             .inspect_err(|e| log::warn!("container {} has no cgroup of its own: {e}", self.id()))
             .ok();
         let identity = command::identity(pid).ok();
@@ -224,6 +227,7 @@ impl Task {
             record.cgroup = cgroup;
         })?;
         for signal in early {
+            let signal = self.backend.init_signal(&self.record(), signal);
             launched.process.signal(signal).or_else(gone_is_fine)?;
         }
         Ok(())
@@ -445,6 +449,7 @@ impl Task {
             exit.at,
         );
         self.init.ended(exit);
+        self.backend.exited(&self.record()).await;
     }
 
     fn publish_pending_oom(&self, oom: &mut Option<OomWatch>) {

@@ -27,7 +27,7 @@ const FREEZE_BOUND: Duration = Duration::from_secs(10);
 
 impl Task {
     /// Kill. Never waits for another operation: a Create that is at work is given up, an exec that is being born gets the signal
-    /// at its birth.
+    /// at its birth. A signal to init is the backend's to translate ([`crate::backend::Backend::init_signal`]).
     ///
     /// # Errors
     /// `NotFound` "process already finished" for what has ended, `NotFound` for an exec that was not started, `InvalidArgument`
@@ -53,8 +53,14 @@ impl Task {
             Phase::Pausing if signal == libc::SIGKILL && (all || exec_id.is_empty()) => self.pause_abort.notify_one(),
             _ => {}
         }
+        let wanted = match exec_id {
+            "" => self.backend.init_signal(&self.record(), signal),
+            _ => signal,
+        };
+        // An init that is asked to end in its own way ends all others, in its order.
         if all
             && exec_id.is_empty()
+            && wanted == signal
             && let Ok(cgroup) = self.cgroup()
         {
             return self.kill_cgroup(&cgroup, signal).await;
@@ -65,7 +71,7 @@ impl Task {
                 None => process.signal_at_birth(signal),
             };
         };
-        self.signal_one(&process, &pidfd, signal).await
+        self.signal_one(&process, &pidfd, wanted).await
     }
 
     pub(super) async fn signal_one(&self, process: &Process, pidfd: &Pidfd, signal: i32) -> Result<()> {

@@ -8,6 +8,7 @@ use std::{collections::BTreeSet, path::Path};
 
 use oci_spec::runtime::{Linux, LinuxDeviceCgroup, LinuxDeviceType, LinuxIdMapping, LinuxNamespaceType};
 
+use super::system::Init;
 use crate::error::{Error, Result};
 
 /// An item of lxc.container.conf(5).
@@ -22,6 +23,8 @@ pub struct Layout {
     pub inner: Option<String>,
     /// The one of the process that waits for init.
     pub monitor: String,
+    /// Where that process goes in the end, to remove the other two.
+    pub pivot: String,
 }
 
 /// What is true of this machine and this container, beside the bundle.
@@ -31,8 +34,8 @@ pub struct Place<'a> {
     pub layout: &'a Layout,
     /// Whether cgroup v2 speaks.
     pub v2: bool,
-    /// The signal that asks init to end, for `lxc-stop`: "SIGTERM", "SIGRTMIN+3", …
-    pub halt_signal: &'a str,
+    /// The init of a whole system, if it is one.
+    pub system: Option<Init>,
 }
 
 /// Devices that every container may use, and that it may make nodes of any: what crun adds to each list of rules.
@@ -63,7 +66,11 @@ pub fn items(linux: &Linux, place: &Place<'_>) -> Result<Vec<Item>> {
     items.add("lxc.pty.max", "0");
     items.add("lxc.console.path", "none");
     items.add("lxc.apparmor.profile", "unconfined");
-    items.add("lxc.signal.halt", place.halt_signal);
+    // For `lxc-stop`.
+    items.add(
+        "lxc.signal.halt",
+        place.system.map_or("SIGTERM", Init::halt_signal_name),
+    );
     items.namespaces(linux)?;
     items.cgroups(place)?;
     let rules = linux
@@ -107,8 +114,11 @@ impl Items {
             self.add(format!("lxc.namespace.share.{name}"), path);
         }
         match (new.contains(&"net"), seen.contains("net")) {
-            // With the loopback device up.
-            (true, _) => self.add("lxc.net.0.type", "empty"),
+            (true, _) => {
+                self.add("lxc.net.0.type", "empty");
+                // With the loopback device up, as other runtimes leave it: 127.0.0.1 works without a network.
+                self.add("lxc.net.0.flags", "up");
+            }
             (_, false) => self.add("lxc.net.0.type", "none"),
             _ => {}
         }
@@ -184,6 +194,7 @@ impl Items {
             self.add("lxc.cgroup.dir.container.inner", cgroup(inner)?);
         }
         self.add("lxc.cgroup.dir.monitor", cgroup(&layout.monitor)?);
+        self.add("lxc.cgroup.dir.monitor.pivot", cgroup(&layout.pivot)?);
         Ok(())
     }
 
@@ -204,6 +215,15 @@ impl Items {
         }
         Ok(())
     }
+}
+
+/// Whether the bundle asks for a namespace of this kind, new or by path.
+pub(super) fn has_namespace(linux: &Linux, kind: LinuxNamespaceType) -> bool {
+    linux
+        .namespaces()
+        .iter()
+        .flatten()
+        .any(|namespace| namespace.typ() == kind)
 }
 
 /// LXC's name of a namespace.
@@ -237,9 +257,18 @@ fn value(field: &str, path: &Path) -> Result<String> {
 fn cgroup(path: &str) -> Result<String> {
     let relative = crate::host::cgroup::parse::relative(path)?;
     match relative.to_str() {
-        Some(text) if !text.is_empty() && !text.contains(char::is_control) => Ok(text.to_owned()),
+        // LXC takes blanks and quotes at the ends of a value away, and would use another's cgroup.
+        Some(text)
+            if !text.is_empty()
+                && !text.contains(char::is_control)
+                && text.trim() == text
+                && !text.starts_with(['"', '\'']) =>
+        {
+            Ok(text.to_owned())
+        }
         _ => Err(Error::invalid(format!(
-            "{path:?} is not the path of a container's cgroup"
+            "{path:?} cannot be given to LXC as a container's cgroup; it needs a name, without line breaks, and without blanks or \
+             quotes at its ends"
         ))),
     }
 }
@@ -289,6 +318,7 @@ mod tests {
             container: "/lxc/c1".into(),
             inner: None,
             monitor: "lxc.monitor/c1".into(),
+            pivot: "lxc.pivot/c1".into(),
         }
     }
 
@@ -297,7 +327,7 @@ mod tests {
         let place = Place {
             layout,
             v2,
-            halt_signal: "SIGTERM",
+            system: None,
         };
         let items = items(&linux, &place)?;
         Ok(items
@@ -336,6 +366,7 @@ mod tests {
                 "lxc.cgroup.relative = 0",
                 "lxc.cgroup.dir.container = lxc/c1",
                 "lxc.cgroup.dir.monitor = lxc.monitor/c1",
+                "lxc.cgroup.dir.monitor.pivot = lxc.pivot/c1",
             ]
         );
     }
@@ -348,6 +379,7 @@ mod tests {
                 &[
                     "lxc.namespace.clone = mnt pid ipc uts net cgroup",
                     "lxc.net.0.type = empty",
+                    "lxc.net.0.flags = up",
                 ][..],
             ),
             (
@@ -463,7 +495,7 @@ mod tests {
             items.contains(&"lxc.cgroup.dir.container.inner = ns".into()),
             "{items:?}"
         );
-        for path in ["", "/", "../x", "/a/../../b", "a\nb"] {
+        for path in ["", "/", "../x", "/a/../../b", "a\nb", "/\"a\"", "'a/b'", "/a ", " a"] {
             let layout = Layout {
                 container: path.into(),
                 ..layout.clone()
