@@ -1,6 +1,7 @@
 //! The contract of a backend, seen from containerd's side: one suite, every backend that is built.
 //!
-//! Drives the real shim over its socket, without containerd. `LXCRI_TEST_BACKEND` chooses one backend; each must pass all of it.
+//! Drives the real shim over its socket, without containerd. Each backend that `tests/backends` names must pass all of it;
+//! `LXCRI_TEST_BACKEND` chooses one.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -14,6 +15,7 @@ mod support {
         reason = "a harness fails by panicking"
     )]
 
+    pub(crate) mod backend;
     pub(crate) mod image;
     pub(crate) mod leaks;
     pub(crate) mod patience;
@@ -38,32 +40,32 @@ use containerd_shim_protos::{
 };
 use serde_json::json;
 use support::{
+    backend,
     patience::patience,
     pod::{
-        Bundle, Daemon, FOREVER, Io, Pod, Reading, Start, WHOLE, appears, mount, options, process, refused, shell,
-        until,
+        Bundle, Daemon, FOREVER, Io, NAMESPACE, Pod, Reading, Start, WHOLE, appears, mount, options, process, refused,
+        shell, until,
     },
     universe,
 };
 
-/// The backends that exist.
-const BACKENDS: [&str; 1] = ["crun"];
-
 /// Runs a test once for each backend, one test at a time, and asserts that nothing is left behind.
 fn each_backend<F: AsyncFn(&mut Daemon, &str)>(test: F) {
+    on(&backend::wanted(), test);
+}
+
+/// Runs a test on crun alone: it is about that program.
+fn crun_alone<F: AsyncFn(&mut Daemon, &str)>(test: F) {
+    let mut backends = backend::wanted();
+    backends.retain(|backend| *backend == "crun");
+    on(&backends, test);
+}
+
+fn on<F: AsyncFn(&mut Daemon, &str)>(backends: &[&'static str], test: F) {
     universe::token();
     static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let chosen = std::env::var("LXCRI_TEST_BACKEND").ok().filter(|name| !name.is_empty());
-    let chosen: Vec<&str> = match &chosen {
-        Some(one) => vec![one],
-        None => BACKENDS.to_vec(),
-    };
-    assert!(
-        chosen.iter().all(|one| BACKENDS.contains(one)),
-        "LXCRI_TEST_BACKEND={chosen:?}: the backends are {BACKENDS:?}"
-    );
-    for backend in chosen {
+    backend::each(backends, |backend| {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -71,10 +73,10 @@ fn each_backend<F: AsyncFn(&mut Daemon, &str)>(test: F) {
         runtime.block_on(async {
             let mut daemon = Daemon::new().await;
             let ended = tokio::time::timeout(*WHOLE, test(&mut daemon, backend)).await;
-            assert!(ended.is_ok(), "backend {backend}: not done after {:?}", *WHOLE);
+            assert!(ended.is_ok(), "not done after {:?}", *WHOLE);
             daemon.ends().await;
         });
-    }
+    });
 }
 
 /// A pod on `backend` with its first bundle.
@@ -856,7 +858,7 @@ fn bad_requests_are_refused_by_name_and_leave_nothing() {
             refused(answer, Code::INVALID_ARGUMENT, "task id");
         }
         for known in ["lxc", "proxmox-lxc", "proxmox-vm"] {
-            if !BACKENDS.contains(&known) {
+            if !backend::built().contains(&known) {
                 pod.options = Some(options(&format!("backend = \"{known}\"")));
                 refused(pod.create(&a, &Io::none()).await, Code::UNIMPLEMENTED, known);
             }
@@ -955,8 +957,14 @@ fn a_checkpoint_works_or_says_what_is_missing() {
             ..Default::default()
         };
         let answer = pod.call::<_, api::Empty>("Checkpoint", &request).await;
-        if !support::pod::crun_has_criu() {
-            refused(answer, Code::UNIMPLEMENTED, "CRIU");
+        let missing = match backend {
+            "crun" => (!support::pod::crun_has_criu()).then_some("CRIU"),
+            // No CRIU changes that.
+            _ => Some("checkpoint"),
+        };
+        if let Some(named) = missing {
+            refused(answer, Code::UNIMPLEMENTED, named);
+            assert!(!Path::new(&request.path).exists(), "images of nothing");
             assert_eq!(pod.status("a").await, Status::RUNNING);
             pod.end("a").await;
             pod.shutdown().await;
@@ -986,10 +994,7 @@ fn a_checkpoint_works_or_says_what_is_missing() {
 /// (not by `crun run --detach`: that returns while the process that made the container, in a session of its own, still lives).
 #[test]
 fn a_checkpoint_and_a_restore_are_asked_of_a_crun_that_has_criu() {
-    each_backend(async |daemon, backend| {
-        if backend != "crun" {
-            return;
-        }
+    crun_alone(async |daemon, backend| {
         let (mut pod, a) = pod(daemon, backend, &FOREVER).await;
         let (program, asked) = (daemon.folder.join("crun"), daemon.folder.join("asked"));
         let script = format!(
@@ -1064,14 +1069,31 @@ fn a_checkpoint_and_a_restore_are_asked_of_a_crun_that_has_criu() {
     });
 }
 
+/// They name a program, or none: a backend that is chosen elsewhere is not overruled by them.
+#[test]
+fn options_of_runc_do_not_change_the_backend() {
+    each_backend(async |daemon, backend| {
+        let (mut pod, a) = pod(daemon, backend, &FOREVER).await;
+        fs::write(&daemon.config_file, format!("[options]\nbackend = \"{backend}\"\n")).unwrap();
+        let mut runc = containerd_shim_protos::shim::oci::Options::new();
+        runc.io_uid = 1000;
+        pod.options = Some(Any {
+            type_url: "containerd.runc.v1.Options".into(),
+            value: runc.write_to_bytes().unwrap(),
+            ..Any::default()
+        });
+        pod.run(&a, &Io::none()).await;
+        assert_eq!(backend::holding(NAMESPACE, "a"), [backend]);
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
 // ---- the shim itself ---------------------------------------------------------------------------------------------------------------
 
 #[test]
 fn existing_runc_options_keep_working() {
-    each_backend(async |daemon, backend| {
-        if backend != "crun" {
-            return;
-        }
+    crun_alone(async |daemon, backend| {
         let (mut pod, a) = pod(daemon, backend, &FOREVER).await;
         let mut runc = containerd_shim_protos::shim::oci::Options::new();
         runc.binary_name = "crun".into();

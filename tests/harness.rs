@@ -4,9 +4,9 @@
 
 mod support;
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, os::linux::net::SocketAddrExt, path::Path, process::Command};
 
-use support::{leaks, leaks::Baseline, skip, universe};
+use support::{backend, leaks, leaks::Baseline, skip, universe};
 
 /// These tests look at the whole universe; one at a time.
 static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
@@ -25,9 +25,24 @@ fn the_universe_has_nothing_of_the_machine() {
         .find(|line| line.split(' ').nth(4) == Some("/run"))
         .expect("a mount on /run");
     assert!(run.contains(" - tmpfs "), "{run}");
+    assert_eq!(
+        fs::read_dir(leaks::LXC_PATH).unwrap().count(),
+        0,
+        "the machine's containers"
+    );
     assert!(!mounts.contains(" - cgroup2 cgroup2 ") || Path::new("/sys/fs/cgroup/cgroup.controllers").exists());
     assert!(!Path::new("/sys/fs/cgroup/unified").exists());
     assert_eq!(std::process::id(), 2, "1 is the universe's init");
+    let cgroups = fs::read_to_string("/proc/1/cgroup").unwrap();
+    let hidden = |line: &&str| line.starts_with("0::") && !Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+    let elsewhere: Vec<_> = cgroups
+        .lines()
+        .filter(|line| !hidden(line) && !line.ends_with(":/"))
+        .collect();
+    assert!(
+        elsewhere.is_empty(),
+        "init is not where that of a machine is: {elsewhere:?}"
+    );
     let strangers: Vec<_> = leaks::processes()
         .into_iter()
         .filter(|process| process.pid > 2)
@@ -53,6 +68,18 @@ fn every_kind_of_leftover_is_named() {
 
     let folder = Path::new("/run/left");
     fs::create_dir(folder).unwrap();
+    let lxc = Path::new(leaks::LXC_PATH).join(universe::token());
+    fs::create_dir(&lxc).unwrap();
+    fs::write(lxc.join("config"), "").unwrap();
+    // One whose path fits, and one that LXC has made a hash of.
+    let abstracts = [
+        format!("{}/command", lxc.display()),
+        format!("lxc/{}/command", universe::token()),
+    ]
+    .map(|name| {
+        let address = std::os::unix::net::SocketAddr::from_abstract_name(&name).unwrap();
+        (std::os::unix::net::UnixListener::bind_addr(&address).unwrap(), name)
+    });
     fs::write(folder.join("file"), "").unwrap();
     nix::unistd::mkfifo(&folder.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
     let socket = std::os::unix::net::UnixListener::bind(folder.join("socket")).unwrap();
@@ -78,6 +105,10 @@ fn every_kind_of_leftover_is_named() {
         "file /run/left/file".into(),
         "fifo /run/left/fifo".into(),
         "socket /run/left/socket".into(),
+        format!("folder {}", lxc.display()),
+        format!("file {}/config", lxc.display()),
+        format!("socket @{}", abstracts[0].1),
+        format!("socket @{}", abstracts[1].1),
         "mount /run/left/mount (tmpfs".into(),
         format!("cgroup {}", cgroup.display()),
         format!("process {} sleep 1000", process.id()),
@@ -92,8 +123,9 @@ fn every_kind_of_leftover_is_named() {
     process.wait().unwrap();
     fs::remove_dir(&cgroup).unwrap();
     nix::mount::umount(&mount).unwrap();
-    drop(socket);
+    drop((socket, abstracts));
     fs::remove_dir_all(folder).unwrap();
+    fs::remove_dir_all(lxc).unwrap();
     before.assert_nothing_left(&[]);
 }
 
@@ -114,6 +146,43 @@ fn a_skip_is_allowed_only_with_its_reason() {
     assert!(!skip::allowed(list, "a::c"), "no reason");
     assert!(!skip::allowed(list, "a::d"));
     assert!(!skip::allowed(list, "#"));
+}
+
+#[test]
+fn a_skip_on_another_backend_is_not_one_on_crun() {
+    assert_eq!(skip::name("a::b", None), "a::b");
+    assert_eq!(skip::name("a::b", Some("crun")), "a::b");
+    assert_eq!(skip::name("a::b", Some("lxc")), "a::b@lxc");
+    assert!(!skip::allowed("a::b because", &skip::name("a::b", Some("lxc"))));
+    assert!(!skip::allowed("a::b@lxc because", &skip::name("a::b", None)));
+}
+
+#[test]
+fn a_backend_that_fails_is_named_and_the_next_one_has_its_turn() {
+    let ran = std::cell::RefCell::new(Vec::new());
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        backend::each(&["one", "two"], |backend| {
+            ran.borrow_mut().push(backend);
+            assert_eq!(backend, "two", "as this test wants it");
+        });
+    }));
+    let text = *outcome.unwrap_err().downcast::<String>().unwrap();
+    assert_eq!(text, "failed on backend one");
+    assert_eq!(ran.into_inner(), ["one", "two"]);
+}
+
+#[test]
+fn what_a_shims_program_becomes_is_a_shim_only_as_containerd_starts_it() {
+    let process = |command: &str| leaks::Process {
+        pid: 7,
+        parent: 1,
+        command: command.into(),
+    };
+    let path = "/run/node/bin/containerd-shim-proxmox-lxcri-v1";
+    assert!(process(&format!("{path} -namespace n -id a -address b")).is_a_shim());
+    assert!(!process(&format!("{path} lxc-monitor a")).is_a_shim());
+    assert!(!process(path).is_a_shim());
+    assert!(!process("sh -namespace").is_a_shim());
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use crate::support::{image, node, until};
+use crate::support::{backend, image, node, until};
 
 #[test]
 fn a_run_shows_the_output_and_exits_with_the_containers_status() {
@@ -317,16 +317,20 @@ fn options_come_from_a_file_and_wrong_ones_are_named() {
             node.ctr_run(&["--rm", "--runtime-config-path", path], "options", &["echo", "fine"])
                 .await
         };
-        assert_eq!(run("backend = \"crun\"\n").await.assert_ok().stdout, "fine\n");
+        for backend in backend::built() {
+            let text = format!("backend = \"{backend}\"\n");
+            assert_eq!(run(&text).await.assert_ok().stdout, "fine\n", "{backend}");
+        }
         run("no_such_key = 1\n").await.assert_fails_with("no_such_key");
         run("backend = 7\n").await.assert_fails_with("backend");
         run("backend = \n").await.assert_fails_with(path);
-        for backend in ["lxc", "proxmox-lxc", "proxmox-vm", "no-such-backend"] {
+        let others = ["lxc", "proxmox-lxc", "proxmox-vm", "no-such-backend"];
+        for backend in others.iter().filter(|name| !backend::built().contains(name)) {
             run(&format!("backend = \"{backend}\"\n"))
                 .await
                 .assert_fails_with(backend);
         }
-        run("crun_binary = \"/no/such/crun\"\n")
+        run("backend = \"crun\"\ncrun_binary = \"/no/such/crun\"\n")
             .await
             .assert_fails_with("/no/such/crun");
         std::fs::remove_dir_all(folder).unwrap();
@@ -343,7 +347,10 @@ fn annotations_choose_options_and_wrong_ones_are_named() {
             node.ctr_run(&["--rm", "--annotation", annotation], "annotated", &["echo", "fine"])
                 .await
         };
-        assert_eq!(run("io.proxmox-lxcri.backend=crun").await.assert_ok().stdout, "fine\n");
+        for backend in backend::built() {
+            let annotation = format!("io.proxmox-lxcri.backend={backend}");
+            assert_eq!(run(&annotation).await.assert_ok().stdout, "fine\n", "{backend}");
+        }
         run("io.proxmox-lxcri.backend=proxmox-vm")
             .await
             .assert_fails_with("proxmox-vm");

@@ -4,6 +4,7 @@ use containerd_client::tonic::Code;
 use serde_json::json;
 
 use crate::support::{
+    backend,
     events::{Events, topics},
     node,
     node::max_shim_version,
@@ -20,6 +21,18 @@ fn the_output_and_the_exit_status_arrive() {
         assert_eq!(task.io.stdout.text().await, "out\n");
         assert_eq!(task.io.stderr.text().await, "err\n");
         task.forget().await;
+    });
+}
+
+#[test]
+fn the_backend_that_this_suite_is_run_for_holds_the_containers() {
+    node(async |node| {
+        if !node.is_for_ours("has no backends") {
+            return;
+        }
+        let task = node.sh("held", "exec sleep 1000").start().await;
+        assert_eq!(backend::holding(&node.namespace, &task.id), [node.runtime.program()]);
+        task.end().await;
     });
 }
 

@@ -7,7 +7,7 @@ use containerd_shim_protos::{
 };
 use serde_json::json;
 
-use crate::support::{events::Events, node, universe::cgroups_named, until};
+use crate::support::{events::Events, node, universe::cgroups_with, until};
 
 /// Whether the machine has the unified hierarchy alone.
 fn unified() -> bool {
@@ -133,7 +133,7 @@ fn a_cgroup_that_a_stranger_entered_is_removed_all_the_same() {
         let task = node.container("guest", &["sleep", "1000"]).start().await;
         // A process that the runtime never started, such as `nsenter` of an administrator.
         let mut stranger = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
-        for cgroup in cgroups_named(&task.id) {
+        for cgroup in cgroups_with(&task.id, task.pid) {
             std::fs::write(cgroup.join("cgroup.procs"), stranger.id().to_string()).unwrap();
         }
         let pids = until("the stranger is listed", async || {

@@ -1,8 +1,11 @@
 //! Faults that the real world does not produce on demand: after each of them the answers are true, nothing is left, and the next
 //! container works.
 //!
-//! Drives the real shim over its socket, without containerd. Everything is real but the runtime program, which is crun behind a
-//! script that misbehaves where a test says so.
+//! Drives the real shim over its socket, without containerd. Everything is real but crun, which is behind a script that misbehaves
+//! where a test says so.
+//!
+//! What is not about crun's program happens on each backend, see `tests/backends` and `LXCRI_TEST_BACKEND`: there is no program of
+//! LXC's to put a script before, so that there a hook of the bundle is what hangs or fails.
 
 #![allow(
     clippy::unwrap_used,
@@ -19,6 +22,7 @@ mod runtime;
 mod support {
     #![allow(dead_code, reason = "each test file uses another part of the harness")]
 
+    pub(crate) mod backend;
     pub(crate) mod image;
     pub(crate) mod leaks;
     pub(crate) mod patience;
@@ -37,40 +41,59 @@ use std::{
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
 use support::{
+    backend,
     pod::{Bundle, Daemon, FOREVER, Io, Pod, WHOLE, appears, options, shell, until},
     universe,
 };
 
-/// Runs a test, one at a time, and asserts that nothing is left behind.
+/// Runs a test on each backend, one at a time, and asserts that nothing is left behind.
 fn fault<F: AsyncFn(&mut Daemon, &Stub)>(test: F) {
+    on(&backend::wanted(), test);
+}
+
+/// Runs a test on crun alone: it is about that program.
+fn fault_of_crun<F: AsyncFn(&mut Daemon, &Stub)>(test: F) {
+    let mut backends = backend::wanted();
+    backends.retain(|backend| *backend == "crun");
+    on(&backends, test);
+}
+
+fn on<F: AsyncFn(&mut Daemon, &Stub)>(backends: &[&'static str], test: F) {
     universe::token();
     static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(async {
-        let mut daemon = Daemon::new().await;
-        let stub = Stub::new(&daemon);
-        let ended = tokio::time::timeout(*WHOLE, test(&mut daemon, &stub)).await;
-        assert!(ended.is_ok(), "not done after {:?}", *WHOLE);
-        daemon.ends().await;
+    backend::each(backends, |backend| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let mut daemon = Daemon::new().await;
+            let stub = Stub::new(&daemon, backend);
+            let ended = tokio::time::timeout(*WHOLE, test(&mut daemon, &stub)).await;
+            assert!(ended.is_ok(), "not done after {:?}", *WHOLE);
+            daemon.ends().await;
+        });
     });
 }
 
-/// A runtime program: crun, behind a script that a test can lead astray at each command.
+/// The backend, which a test can lead astray: crun, behind a script, at each command; another one where hooks run.
 struct Stub {
     folder: PathBuf,
+    backend: &'static str,
 }
 
 impl Stub {
-    fn new(daemon: &Daemon) -> Self {
+    fn new(daemon: &Daemon, backend: &'static str) -> Self {
         let folder = daemon.folder.join("stub");
         fs::create_dir(&folder).unwrap();
-        let stub = Self { folder };
+        let stub = Self { folder, backend };
         stub.install();
         stub
+    }
+
+    fn is_crun(&self) -> bool {
+        self.backend == "crun"
     }
 
     fn program(&self) -> PathBuf {
@@ -104,7 +127,8 @@ impl Stub {
     /// Every run of this command hangs before crun does anything.
     fn holds_before(&self, verb: &str) -> Gate {
         let gate = Gate::new(self.folder.join(format!("before-{verb}")));
-        self.at(verb, &format!("read word <{}", gate.0.display()));
+        // The end of the file is no error.
+        self.at(verb, &format!("read word <{} || :", gate.0.display()));
         gate
     }
 
@@ -118,6 +142,34 @@ impl Stub {
         gate
     }
 
+    /// `step` (create, start or delete) hangs: before crun does anything, or else in a hook of `bundle`, which is yet to be created.
+    fn holds(&self, step: &str, bundle: &mut Bundle) -> Gate {
+        self.hook(step, bundle);
+        self.holds_before(step)
+    }
+
+    /// As [`Stub::holds`], and `step` fails.
+    fn fails(&self, step: &str, bundle: &mut Bundle) {
+        self.hook(step, bundle);
+        self.at(step, "exit 1");
+    }
+
+    /// Where the backend has no program of its own, a hook does what is said for this step.
+    fn hook(&self, step: &str, bundle: &mut Bundle) {
+        if self.is_crun() {
+            return;
+        }
+        let name = match step {
+            "create" => "createRuntime",
+            "start" => "poststart",
+            "delete" => "poststop",
+            other => panic!("no hook runs in {other}"),
+        };
+        let fault = self.folder.join(format!("{step}.fault")).display().to_string();
+        let script = format!("[ ! -e {fault} ] || . {fault}");
+        bundle.spec["hooks"][name] = json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}]);
+    }
+
     /// No fault any more.
     fn heal(&self) {
         for entry in fs::read_dir(&self.folder).unwrap().flatten() {
@@ -127,12 +179,21 @@ impl Stub {
         }
     }
 
-    /// Runtime options that name the program, and `more` lines of TOML.
+    /// Runtime options that name the backend and, for crun, the program; and `more` lines of TOML.
     fn options(&self, more: &str) -> Option<Any> {
-        Some(options(&format!(
-            "crun_binary = \"{}\"\n{more}",
-            self.program().display()
-        )))
+        let backend = match self.is_crun() {
+            true => format!("crun_binary = \"{}\"", self.program().display()),
+            false => format!("backend = \"{}\"", self.backend),
+        };
+        Some(options(&format!("{backend}\n{more}")))
+    }
+
+    /// What a call says that was ended at its bound of a second.
+    fn late(&self) -> &'static str {
+        match self.is_crun() {
+            true => "crun did not end within 1000 ms",
+            false => "within 1000 ms",
+        }
     }
 }
 

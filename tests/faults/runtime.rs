@@ -5,8 +5,11 @@ use std::{fs, process::Command, time::Duration};
 use containerd_shim_protos::{api::Status, ttrpc::Code};
 
 use crate::{
-    FOREVER, Gate, Stub, fault, it_works, lives, pod, send, shell,
-    support::pod::{Bundle, Daemon, Io, Pod, process, refused},
+    FOREVER, Gate, Stub, fault, fault_of_crun, it_works, lives, pod, send, shell,
+    support::{
+        backend::own_processes,
+        pod::{Bundle, Daemon, Io, Pod, process, refused},
+    },
     until,
 };
 
@@ -27,7 +30,7 @@ async fn works_again(daemon: &Daemon, stub: &Stub, pod: Pod, a: &Bundle) {
 
 #[test]
 fn a_missing_crun_is_named_and_nothing_is_left() {
-    fault(async |daemon, stub| {
+    fault_of_crun(async |daemon, stub| {
         let (pod, a) = pod(daemon, stub, &FOREVER).await;
         stub.uninstall();
         refused(
@@ -42,7 +45,7 @@ fn a_missing_crun_is_named_and_nothing_is_left() {
 
 #[test]
 fn a_crun_that_goes_missing_later_fails_the_call_and_changes_nothing() {
-    fault(async |daemon, stub| {
+    fault_of_crun(async |daemon, stub| {
         let (pod, a) = pod(daemon, stub, &FOREVER).await;
         let pid = pod.create(&a, &Io::none()).await.unwrap();
         stub.uninstall();
@@ -80,7 +83,7 @@ fn a_crun_that_goes_missing_later_fails_the_call_and_changes_nothing() {
 
 #[test]
 fn a_create_that_hangs_is_ended_at_its_bound() {
-    fault(async |daemon, stub| {
+    fault_of_crun(async |daemon, stub| {
         for after in [false, true] {
             let (mut pod, a) = pod(daemon, stub, &FOREVER).await;
             pod.options = stub.options(SHORT);
@@ -99,7 +102,7 @@ fn a_create_that_hangs_is_ended_at_its_bound() {
 
 #[test]
 fn a_create_that_hangs_is_undone_by_hand_where_delete_hangs_too() {
-    fault(async |daemon, stub| {
+    fault_of_crun(async |daemon, stub| {
         let (mut pod, a) = pod(daemon, stub, &FOREVER).await;
         pod.options = stub.options(SHORT);
         let _gates = [stub.holds_after("create"), stub.holds_before("delete")];
@@ -117,7 +120,7 @@ fn a_hook_that_hangs_in_create_ends_with_it() {
         let gate = Gate::new(a.path.join("gate"));
         a.spec["hooks"]["createRuntime"] = gate.hook();
         let answer = pod.create(&a, &Io::none()).await;
-        refused(answer, Code::DEADLINE_EXCEEDED, "crun did not end within 1000 ms");
+        refused(answer, Code::DEADLINE_EXCEEDED, stub.late());
         a.spec["hooks"] = serde_json::json!({});
         works_again(daemon, stub, pod, &a).await;
     });
@@ -125,7 +128,7 @@ fn a_hook_that_hangs_in_create_ends_with_it() {
 
 #[test]
 fn a_start_that_hangs_leaves_the_container_as_it_truly_is() {
-    fault(async |daemon, stub| {
+    fault_of_crun(async |daemon, stub| {
         for after in [false, true] {
             let before = daemon.told().len();
             let (mut pod, a) = pod(daemon, stub, &shell("touch /ran; exec sleep 100000")).await;
@@ -162,7 +165,7 @@ fn a_start_that_hangs_leaves_the_container_as_it_truly_is() {
 
 #[test]
 fn an_exec_that_hangs_leaves_no_process_and_can_be_started_again() {
-    fault(async |daemon, stub| {
+    fault_of_crun(async |daemon, stub| {
         let (mut pod, a) = pod(daemon, stub, &FOREVER).await;
         pod.options = stub.options(SHORT);
         let init = pod.run(&a, &Io::none()).await;
@@ -203,11 +206,11 @@ fn an_exec_that_hangs_leaves_no_process_and_can_be_started_again() {
 #[test]
 fn a_delete_that_hangs_says_so_leaves_nothing_running_and_can_be_repeated() {
     fault(async |daemon, stub| {
-        let (mut pod, a) = pod(daemon, stub, &shell("exit 4")).await;
+        let (mut pod, mut a) = pod(daemon, stub, &shell("exit 4")).await;
         pod.options = stub.options(SHORT);
+        let _gate = stub.holds("delete", &mut a);
         pod.run(&a, &Io::none()).await;
         assert_eq!(pod.wait("a", "").await.unwrap(), 4);
-        let _gate = stub.holds_before("delete");
         let answer = pod.delete("a", "").await;
         refused(answer, Code::DEADLINE_EXCEEDED, "Delete again to remove the rest");
         assert_eq!(pod.status("a").await, Status::STOPPED);
@@ -218,6 +221,35 @@ fn a_delete_that_hangs_says_so_leaves_nothing_running_and_can_be_repeated() {
         assert_eq!(told, ["create a", "start a", "exit a 4", "delete a 4"]);
         pod.shutdown().await;
         daemon.assert_nothing_left();
+    });
+}
+
+#[test]
+fn a_create_whose_own_processes_are_killed_fails_and_leaves_nothing() {
+    fault(async |daemon, stub| {
+        let (pod, mut a) = pod(daemon, stub, &FOREVER).await;
+        let gate = Gate::new(a.path.join("gate"));
+        a.spec["hooks"]["createRuntime"] = gate.hook();
+        let io = Io::fifos(&a.path, "init");
+        let creating = pod.create(&a, &io);
+        let killing = async {
+            let held = gate.reached().await;
+            let own = own_processes(stub.backend, "a");
+            assert!(!own.is_empty(), "nobody is at work");
+            for process in own {
+                // One may go with another.
+                // SAFETY: the pid is of the tests' private pid namespace.
+                unsafe { libc::kill(process.pid.cast_signed(), libc::SIGKILL) };
+            }
+            held
+        };
+        let (created, held) = tokio::join!(creating, killing);
+        let refusal = created.unwrap_err();
+        assert!(refusal.text.contains("OCI runtime create failed"), "{refusal:?}");
+        // The hook is its author's: it ends when it likes to.
+        drop(held);
+        a.spec["hooks"] = serde_json::json!({});
+        works_again(daemon, stub, pod, &a).await;
     });
 }
 
@@ -235,7 +267,7 @@ fn tells_pid(pid: &str) -> String {
 
 #[test]
 fn garbage_and_silence_become_clear_errors() {
-    fault(async |daemon, stub| {
+    fault_of_crun(async |daemon, stub| {
         let (pod, a) = pod(daemon, stub, &FOREVER).await;
         for (script, text) in [
             ("exit 1".to_owned(), "crun ended with status 1 and gave no reason"),
@@ -275,7 +307,7 @@ fn garbage_and_silence_become_clear_errors() {
 
 #[test]
 fn a_process_that_is_not_the_containers_is_neither_adopted_nor_killed() {
-    fault(async |daemon, stub| {
+    fault_of_crun(async |daemon, stub| {
         let (pod, a) = pod(daemon, stub, &FOREVER).await;
         let b = daemon.bundle("b", &shell("sleep 1000 & sleep 1000"));
         let other = pod.run(&b, &Io::none()).await;
@@ -329,11 +361,14 @@ fn a_process_that_is_not_the_containers_is_neither_adopted_nor_killed() {
 fn a_kill_ends_a_slow_create() {
     fault(async |daemon, stub| {
         for after in [false, true] {
-            let (pod, a) = pod(daemon, stub, &FOREVER).await;
+            if after && !stub.is_crun() {
+                continue;
+            }
+            let (pod, mut a) = pod(daemon, stub, &FOREVER).await;
             let gate = if after {
                 stub.holds_after("create")
             } else {
-                stub.holds_before("create")
+                stub.holds("create", &mut a)
             };
             let io = Io::none();
             let creating = pod.create(&a, &io);
@@ -358,8 +393,8 @@ fn a_kill_ends_a_slow_create() {
 #[test]
 fn a_delete_ends_a_slow_create() {
     fault(async |daemon, stub| {
-        let (pod, a) = pod(daemon, stub, &FOREVER).await;
-        let gate = stub.holds_before("create");
+        let (pod, mut a) = pod(daemon, stub, &FOREVER).await;
+        let gate = stub.holds("create", &mut a);
         let io = Io::none();
         let creating = pod.create(&a, &io);
         let deleting = async {
@@ -378,14 +413,18 @@ fn a_delete_ends_a_slow_create() {
 fn a_kill_in_a_slow_start_ends_the_container_as_soon_as_the_start_is_over() {
     fault(async |daemon, stub| {
         for after in [false, true] {
-            let (pod, a) = pod(daemon, stub, &FOREVER).await;
+            // The hook of a start runs when the program does.
+            if !after && !stub.is_crun() {
+                continue;
+            }
+            let (pod, mut a) = pod(daemon, stub, &FOREVER).await;
             let before = daemon.told().len();
-            pod.create(&a, &Io::none()).await.unwrap();
-            let gate = if after {
-                stub.holds_after("start")
-            } else {
-                stub.holds_before("start")
+            let gate = match (after, stub.is_crun()) {
+                (true, true) => stub.holds_after("start"),
+                (true, false) => stub.holds("start", &mut a),
+                (false, _) => stub.holds_before("start"),
             };
+            pod.create(&a, &Io::none()).await.unwrap();
             let starting = pod.start_process("a", "");
             let killing = async {
                 let held = gate.reached().await;
@@ -417,7 +456,7 @@ fn a_kill_in_a_slow_start_ends_the_container_as_soon_as_the_start_is_over() {
 
 #[test]
 fn a_container_whose_init_dies_in_a_slow_exec_ends() {
-    fault(async |daemon, stub| {
+    fault_of_crun(async |daemon, stub| {
         let (pod, a) = pod(daemon, stub, &FOREVER).await;
         let pid = pod.run(&a, &Io::none()).await;
         pod.exec("a", "e1", &process(&FOREVER), &Io::none()).await.unwrap();

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    node::{FOLDER, SOON},
+    node::{FOLDER, SOON, lxcri_config},
     universe,
 };
 
@@ -123,9 +123,13 @@ fn drop_in() -> String {
         .find(|program| program.exists())
         .expect("containerd in PATH");
     let log = log();
+    let config = match lxcri_config() {
+        Some(file) => format!("Environment=PROXMOX_LXCRI_CONFIG={}\n", file.display()),
+        None => String::new(),
+    };
     format!(
         "[Service]\nExecStart=\nExecStart={} --config {FOLDER}/config.toml\nEnvironment=PATH={path} TMPDIR={FOLDER}/tmp\n\
-         Restart=no\nStandardOutput=append:{log}\nStandardError=append:{log}\n",
+         {config}Restart=no\nStandardOutput=append:{log}\nStandardError=append:{log}\n",
         program.display(),
         log = log.display(),
     )
@@ -142,6 +146,7 @@ fn spawn() -> Child {
         .args(["--config", &format!("{FOLDER}/config.toml")])
         .env("PATH", path())
         .env("TMPDIR", format!("{FOLDER}/tmp"))
+        .envs(lxcri_config().map(|file| ("PROXMOX_LXCRI_CONFIG", file)))
         .stdin(Stdio::null())
         .stdout(log.try_clone().expect("a descriptor"))
         .stderr(log)

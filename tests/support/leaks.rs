@@ -1,4 +1,4 @@
-//! What is there before and after: processes, mounts, cgroups, sockets, fifos, files, network namespaces.
+//! What is there before and after: processes, mounts, cgroups, sockets, fifos, files, network namespaces, LXC's containers.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -13,6 +13,11 @@ use super::{
     patience::{patience, pause},
     universe,
 };
+
+/// Our runtime type.
+pub(crate) const OURS: &str = "io.containerd.proxmox-lxcri.v1";
+/// Where LXC has its containers.
+pub(crate) const LXC_PATH: &str = "/var/lib/lxc";
 
 /// How long leftovers may take to go by themselves: containerd removes snapshots' mounts and reaps shims in the background.
 static SETTLE: LazyLock<Duration> = LazyLock::new(|| patience(15));
@@ -72,7 +77,7 @@ impl Baseline {
         let target = |mount: &str| mount.split(" (").next().unwrap_or_default().to_string();
         let mounts = self.found.iter().filter_map(|thing| thing.strip_prefix("mount "));
         let known: BTreeSet<_> = mounts.map(target).collect();
-        let new = |target: &String| target.starts_with("/run/") && !known.contains(target);
+        let new = |target: &String| is_the_tests(target) && !known.contains(target);
         for target in of("mount").map(|mount| target(&mount)).filter(new) {
             let target = std::ffi::CString::new(target).unwrap_or_default();
             // SAFETY: a valid C string.
@@ -83,7 +88,8 @@ impl Baseline {
                 let _ = fs::remove_dir(cgroup);
             }
         }
-        let ours = |path: &String| !is_systemds(Path::new(path));
+        // Abstract sockets go with whoever holds them.
+        let ours = |path: &String| path.starts_with('/') && !is_systemds(Path::new(path));
         for file in ["socket", "fifo", "file"].into_iter().flat_map(of).filter(ours) {
             let _ = fs::remove_file(file);
         }
@@ -137,6 +143,9 @@ fn stock(ignored: &[PathBuf]) -> BTreeSet<String> {
     for cgroup in universe::cgroups_named(&universe::token()) {
         found.insert(format!("cgroup {}", cgroup.display()));
     }
+    for socket in abstract_sockets() {
+        found.insert(format!("socket {socket}"));
+    }
     let mut ignored = ignored.to_vec();
     // What CRIU has learned about the kernel, for the next time.
     ignored.push("/run/criu.kdat".into());
@@ -146,10 +155,25 @@ fn stock(ignored: &[PathBuf]) -> BTreeSet<String> {
         files(Path::new("/run/systemd/transient"), &[], &mut found);
         found.retain(|thing| !(thing.starts_with("file /run/systemd/transient/") && thing.ends_with(".service")));
     }
-    for folder in ["/run", "/var/lib/cni"] {
+    for folder in ["/run", "/var/lib/cni", LXC_PATH] {
         files(Path::new(folder), &ignored, &mut found);
     }
     found
+}
+
+/// Whether a mount at `target` belongs to a test, and not to the universe.
+pub(crate) fn is_the_tests(target: &str) -> bool {
+    let below = |folder: &str| target.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/'));
+    (below("/run") || below(LXC_PATH)) && !is_systemds(Path::new(target))
+}
+
+/// The abstract sockets of LXC's containers, as the kernel writes them. Where a path is too long for one, LXC takes a hash of it:
+/// "@lxc/…".
+pub(crate) fn abstract_sockets() -> BTreeSet<String> {
+    let text = read("/proc/net/unix");
+    let names = text.lines().filter_map(|line| line.split_whitespace().nth(7));
+    let lxcs = |name: &&str| name.starts_with("@/var/lib/lxc") || name.starts_with("@lxc/");
+    names.filter(lxcs).map(str::to_string).collect()
 }
 
 /// What is in `/run` of a machine that systemd runs, and is not the tests'.
@@ -237,11 +261,24 @@ pub(crate) struct Process {
 }
 
 impl Process {
+    /// The name of its program.
+    pub(crate) fn program(&self) -> &str {
+        let path = self.command.split(' ').next().unwrap_or_default();
+        path.rsplit('/').next().unwrap_or_default()
+    }
+
+    fn first_argument(&self) -> Option<&str> {
+        self.command.split(' ').nth(1)
+    }
+
     /// Whether it is the tests' containerd.
     fn is_the_daemon(&self) -> bool {
-        let mut words = self.command.split(' ');
-        let program = words.next().and_then(|word| word.rsplit('/').next());
-        program == Some("containerd") && words.next() == Some("--config")
+        self.program() == "containerd" && self.first_argument() == Some("--config")
+    }
+
+    /// Whether it is a shim, as containerd starts them, and not another process that the program of one becomes, such as LXC's monitor.
+    pub(crate) fn is_a_shim(&self) -> bool {
+        self.program().starts_with("containerd-shim-") && self.first_argument() == Some("-namespace")
     }
 }
 
@@ -283,10 +320,7 @@ pub(crate) fn processes() -> Vec<Process> {
 pub(crate) fn shims(runtime: &str) -> Vec<Process> {
     let program = shim_program(runtime);
     let mut shims = processes();
-    shims.retain(|process| {
-        let name = process.command.split(' ').next().unwrap_or_default();
-        name.rsplit('/').next() == Some(&program)
-    });
+    shims.retain(|process| process.program() == program && process.is_a_shim());
     shims
 }
 

@@ -8,6 +8,7 @@
 //! task       a container through containerd's API: fifos, create, start, exec, wait, delete
 //! events     what containerd says that happened
 //! leaks      before and after
+//! backend    which backends are built, and what is known of each
 //! patience   how long to wait
 //! skip       skips that nobody can overlook
 //! cri        a pod and its containers through CRI
@@ -20,6 +21,7 @@
 //! Environment:
 //! - `LXCRI_TEST_RUNTIME=io.containerd.runc.v2` validates the suite on another runtime, with the OCI runtime `LXCRI_TEST_OCI` (crun or
 //!   runc); see [`node::Runtime`]. `make test` then lists what was not asked of it as skipped.
+//! - `LXCRI_TEST_BACKEND=lxc`: the node's configuration puts every container on that backend; see [`backend`].
 //! - `LXCRI_TEST_SHIM`: our shim's program, instead of the one that Cargo built for the tests.
 //! - `LXCRI_TEST_MAX_SHIM_VERSION=3`: the version of the task service that the shim is asked for, instead of containerd's wish.
 //! - `LXCRI_TEST_SYSTEMD=1`: the machine is the tests' own and systemd runs it; see [`universe::by_systemd`].
@@ -36,6 +38,7 @@
     reason = "a harness fails by panicking, and speaks to a person"
 )]
 
+pub(crate) mod backend;
 pub(crate) mod cri;
 pub(crate) mod daemon;
 pub(crate) mod events;

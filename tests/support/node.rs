@@ -21,6 +21,7 @@ use containerd_client::{
 use prost_types::Any;
 
 use super::{
+    backend,
     daemon::{Containerd, stop_unit},
     image::{self, Image},
     leaks::{self, Baseline},
@@ -47,8 +48,7 @@ pub(crate) struct Runtime {
     pub(crate) oci: Option<String>,
 }
 
-/// Our runtime type.
-pub(crate) const OURS: &str = "io.containerd.proxmox-lxcri.v1";
+pub(crate) use super::leaks::OURS;
 
 impl Runtime {
     fn from_environment() -> Self {
@@ -77,14 +77,24 @@ impl Runtime {
         })
     }
 
-    /// The OCI runtime behind it.
+    /// What holds the containers behind it: the OCI runtime of another shim, or the backend of ours.
     pub(crate) fn program(&self) -> &str {
         match &self.oci {
             Some(oci) => oci,
-            None if self.is_ours() => "crun",
+            None if self.is_ours() => backend(),
             None => "runc",
         }
     }
+}
+
+/// The backend that holds every container of the node, where a container's own options do not name another one.
+fn backend() -> &'static str {
+    backend::chosen().unwrap_or("crun")
+}
+
+/// The file of our shim's options on this node: none, as on most machines, while the default backend is meant.
+pub(crate) fn lxcri_config() -> Option<PathBuf> {
+    (backend() != "crun").then(|| Path::new(FOLDER).join("lxcri.toml"))
 }
 
 /// The fields of `containerd.runc.v1.Options` that are set here.
@@ -559,6 +569,9 @@ fn prepare(cri: bool) -> std::io::Result<Images> {
     }
     // crun makes it, whatever it is asked, even for its version.
     fs::create_dir_all("/run/crun")?;
+    // What the backends share and never remove; a test may use another one than the node's.
+    fs::create_dir_all(Path::new("/run/proxmox-lxcri/crun").join(universe::token()))?;
+    fs::create_dir_all(format!("/run/lxc/lock{}", leaks::LXC_PATH))?;
     if let Some(shim) = our_shim() {
         let program = folder.join("bin").join(leaks::shim_program(OURS));
         match max_shim_version() {
@@ -577,6 +590,9 @@ fn prepare(cri: bool) -> std::io::Result<Images> {
         folder.join("config.toml"),
         configuration(cri, &Runtime::from_environment()),
     )?;
+    if let Some(file) = lxcri_config() {
+        fs::write(file, format!("[options]\nbackend = \"{}\"\n", backend()))?;
+    }
     fs::write(
         folder.join("cni/10-test.conflist"),
         format!(
@@ -755,7 +771,7 @@ fn tear_down() {
     // Mounts first: what they hold is not the node's to remove.
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let mut targets: Vec<&str> = mounts.lines().filter_map(|line| line.split(' ').nth(4)).collect();
-    targets.retain(|target| target.starts_with("/run/") && !leaks::is_systemds(Path::new(target)));
+    targets.retain(|target| leaks::is_the_tests(target));
     for target in targets.iter().rev() {
         let target = std::ffi::CString::new(*target).unwrap_or_default();
         // SAFETY: a valid C string; the mount is in the private namespace, or one of the tests' own machine.
@@ -764,7 +780,8 @@ fn tear_down() {
     if snapshotter() == "zfs" {
         destroy_dataset();
     }
-    for entry in fs::read_dir("/run").into_iter().flatten().flatten() {
+    let folders = ["/run", leaks::LXC_PATH].map(|folder| fs::read_dir(folder).into_iter().flatten().flatten());
+    for entry in folders.into_iter().flatten() {
         if !leaks::is_systemds(&entry.path()) {
             let _ = fs::remove_dir_all(entry.path()).or_else(|_| fs::remove_file(entry.path()));
         }

@@ -31,7 +31,7 @@ use tokio::sync::watch;
 
 use super::{
     image,
-    leaks::Baseline,
+    leaks::{Baseline, LXC_PATH},
     patience::{patience, pause},
     universe,
 };
@@ -142,6 +142,8 @@ impl Daemon {
         fs::create_dir_all("/run/containerd/s").unwrap();
         // What runtimes share and never remove: crun's default folder (made by `crun --version`), and ours.
         fs::create_dir_all("/run/crun").unwrap();
+        // LXC's folder of locks, too.
+        fs::create_dir_all(format!("/run/lxc/lock{LXC_PATH}")).unwrap();
         fs::create_dir_all(format!("/run/proxmox-lxcri/crun/{NAMESPACE}")).unwrap();
         busybox();
         parent_cgroups();
@@ -459,9 +461,13 @@ impl Reading {
 /// How a shim is started; the defaults are what containerd 1.6 does.
 #[derive(Debug, Clone)]
 pub(crate) struct Start {
+    /// containerd's namespace.
+    pub(crate) namespace: &'static str,
     pub(crate) env: BTreeMap<String, String>,
     pub(crate) stdin: Vec<u8>,
     pub(crate) service: &'static str,
+    /// Another one than [`SHIM`].
+    pub(crate) program: Option<PathBuf>,
     pub(crate) path: Option<String>,
     /// Whether somebody reads the log fifo.
     pub(crate) reads_log: bool,
@@ -470,10 +476,12 @@ pub(crate) struct Start {
 impl Default for Start {
     fn default() -> Self {
         Self {
+            namespace: NAMESPACE,
             env: BTreeMap::new(),
             stdin: Vec::new(),
             service: "containerd.task.v2.Task",
             path: None,
+            program: None,
             reads_log: true,
         }
     }
@@ -498,15 +506,15 @@ pub(crate) fn run_shim(daemon: &Daemon, bundle: &Bundle, start: &Start, subcomma
 /// As [`run_shim`], without the wait for its end.
 pub(crate) fn begin_shim(daemon: &Daemon, bundle: &Bundle, start: &Start, subcommand: &str) -> std::process::Child {
     use std::io::Write as _;
-    let mut command = Command::new(SHIM);
+    let mut command = Command::new(start.program.as_deref().unwrap_or(Path::new(SHIM)));
     command
-        .args(["-namespace", NAMESPACE, "-id", &bundle.id, "-address"])
+        .args(["-namespace", start.namespace, "-id", &bundle.id, "-address"])
         .arg(daemon.folder.join("containerd.sock"))
         .args(["-publish-binary", "/bin/true"])
         .current_dir(&bundle.path)
         .env("TTRPC_ADDRESS", daemon.events_socket())
         .env("PROXMOX_LXCRI_CONFIG", &daemon.config_file)
-        .env("NAMESPACE", NAMESPACE)
+        .env("NAMESPACE", start.namespace)
         .envs(&start.env)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

@@ -1,5 +1,8 @@
 //! Skips that nobody can overlook.
 //!
+//! A test that runs on the backend `LXCRI_TEST_BACKEND`, other than crun, has another name there: `file::name@lxc`. What it lacks on
+//! one backend is so not allowed to lack on the other.
+//!
 //! libtest knows no skip and hides what a passed test prints. So a skip goes past its capture, to the process's stderr, and into the
 //! file that `LXCRI_SKIP_LOG` names (for the summary of `make test`). With `CI=true` a skip fails unless `tests/skips.txt` allows it.
 
@@ -13,6 +16,7 @@ const ALLOWED: &str = include_str!("../skips.txt");
 /// # Panics
 /// With `CI=true`, when `tests/skips.txt` does not name the test.
 pub(crate) fn skip(test: &str, missing: &str) {
+    let test = &name(test, std::env::var("LXCRI_TEST_BACKEND").ok().as_deref());
     let line = format!("SKIPPED {test}: {missing}\n");
     // `eprint!` would be captured.
     let _ = std::io::stderr().write_all(line.as_bytes());
@@ -29,6 +33,14 @@ pub(crate) fn skip(test: &str, missing: &str) {
             allowed(ALLOWED, test),
             "{test} was skipped: {missing}; in CI a skip must be named in tests/skips.txt with its reason"
         );
+    }
+}
+
+/// The name of `test` on `backend`.
+pub(crate) fn name(test: &str, backend: Option<&str>) -> String {
+    match backend {
+        None | Some("" | "crun") => test.into(),
+        Some(other) => format!("{test}@{other}"),
     }
 }
 

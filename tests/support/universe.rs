@@ -5,8 +5,9 @@
 //!
 //! What it buys:
 //! - **mounts**: `/run` is an empty tmpfs (so the shims' sockets in `/run/containerd/s`, crun's state and ours are private, and
-//!   overlayfs has an upper layer that works whatever `/tmp` is), `/var/lib/cni` too, and `/sys/fs/cgroup/unified` of a hybrid
-//!   machine is gone, because crun refuses to work beside it;
+//!   overlayfs has an upper layer that works whatever `/tmp` is), `/var/lib/cni` and `/var/lib/lxc` too, and
+//!   `/sys/fs/cgroup/unified` of a hybrid machine is gone, because crun refuses to work beside it;
+//! - **cgroups**: those of the machine; the universe's init is in the root of each hierarchy, as a machine's is;
 //! - **pids**: `/proc` shows nothing but what the tests started, so a leak check needs no guess; and when the test process ends, by
 //!   whatever signal, the kernel ends the rest;
 //! - **network**: bridges and addresses of CNI never meet the machine's.
@@ -19,8 +20,9 @@
 //! as an init does; pid 2 runs the tests. To look inside while a test runs: `nsenter -t <pid of the deepest one> -m -p -n`.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString, OsStr},
     io,
+    os::unix::{ffi::OsStrExt, fs::PermissionsExt},
     path::{Path, PathBuf},
     sync::atomic::{AtomicI32, Ordering},
 };
@@ -29,6 +31,9 @@ use std::{
 const TOKEN: &str = "LXCRI_TEST_UNIVERSE";
 /// Set when the universe could not be entered: the reason.
 const FAILURE: &str = "LXCRI_TEST_UNIVERSE_FAILURE";
+/// Folders of the machine that are empty in the universe, as `/run` is: libcni's cache has no other place, and LXC's tools look for
+/// containers where the machine's own are.
+const EMPTIED: [&CStr; 2] = [c"/var/lib/cni", c"/var/lib/lxc"];
 
 /// SAFETY of the section: the C library calls it once, before `main`, with one thread alive.
 #[used]
@@ -80,15 +85,22 @@ fn leave_the_machine() -> Result<(), String> {
     if Path::new("/sys/fs/cgroup/unified").exists() {
         hide_unified().map_err(|e| format!("cannot hide /sys/fs/cgroup/unified: {e}"))?;
     }
-    // libcni's cache has no other place.
-    let cni = Path::new("/var/lib/cni");
-    let made_cni = std::fs::create_dir(cni).is_ok();
-    mount(Some("tmpfs"), "/var/lib/cni", Some("tmpfs"), 0)?;
+    let mut made = Vec::new();
+    for folder in EMPTIED {
+        let path = path_of(folder);
+        if std::fs::create_dir(path).is_ok() {
+            made.push(folder);
+        }
+        mount(Some("tmpfs"), &path.to_string_lossy(), Some("tmpfs"), 0)?;
+        // A tmpfs is everybody's, and these are not.
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755))
+            .map_err(|e| format!("cannot set the mode of {}: {e}", path.display()))?;
+    }
 
     // SAFETY: the process has one thread.
     match check("fork", unsafe { libc::fork() })? {
         0 => {}
-        init => clean_up_after(init, made_cni),
+        init => clean_up_after(init, &made),
     }
     // SAFETY: plain system call; the outermost process cannot leave us behind.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
@@ -99,10 +111,36 @@ fn leave_the_machine() -> Result<(), String> {
         libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
     )?;
     raise_loopback()?;
+    let (mut moved, moves) = io::pipe().map_err(|e| format!("pipe: {e}"))?;
     // SAFETY: the process has one thread.
     match check("fork", unsafe { libc::fork() })? {
-        0 => Ok(()),
-        tests => reap_until(tests),
+        0 => {
+            drop(moves);
+            io::copy(&mut moved, &mut io::sink()).map_err(|e| format!("cannot wait for the universe's init: {e}"))?;
+            Ok(())
+        }
+        tests => {
+            enter_root_cgroups();
+            drop((moves, moved));
+            reap_until(tests)
+        }
+    }
+}
+
+/// Puts this process where the init of a machine is: LXC takes the cgroups of pid 1 for the root of all that it makes. The tests stay
+/// where they were started.
+fn enter_root_cgroups() {
+    let hierarchies = std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+    let folders = hierarchies
+        .map(|entry| entry.path())
+        .filter(|path| path.is_dir() && !path.is_symlink());
+    for root in folders.chain([PathBuf::from("/sys/fs/cgroup")]) {
+        // In a v2 hierarchy the folders are cgroups, and no roots.
+        let is_root = !root.join("cgroup.type").exists();
+        let members = root.join("cgroup.procs");
+        if is_root && members.exists() {
+            let _ = std::fs::write(members, "0");
+        }
     }
 }
 
@@ -138,6 +176,10 @@ fn hide_unified() -> Result<(), String> {
         libc::umount2(c"/run/cgroup".as_ptr(), libc::MNT_DETACH)
     })?;
     std::fs::remove_dir(ASIDE).map_err(text)
+}
+
+fn path_of(folder: &CStr) -> &Path {
+    Path::new(OsStr::from_bytes(folder.to_bytes()))
 }
 
 fn check(what: &str, result: i32) -> Result<i32, String> {
@@ -182,8 +224,9 @@ extern "C" fn end_the_universe(_signal: i32) {
     unsafe { libc::kill(INIT.load(Ordering::Relaxed), libc::SIGKILL) };
 }
 
-/// The outermost process: waits for the universe's end, removes the cgroups that it left, exits as the tests did.
-fn clean_up_after(init: i32, made_cni: bool) -> ! {
+/// The outermost process: waits for the universe's end, removes the cgroups that it left and the folders that were `made`, exits as
+/// the tests did.
+fn clean_up_after(init: i32, made: &[&CStr]) -> ! {
     INIT.store(init, Ordering::Relaxed);
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         // SAFETY: the handler only calls kill.
@@ -193,10 +236,10 @@ fn clean_up_after(init: i32, made_cni: bool) -> ! {
     for cgroup in abandoned_cgroups() {
         let _ = std::fs::remove_dir(cgroup);
     }
-    if made_cni {
+    for folder in made {
         // SAFETY: a valid C string.
-        unsafe { libc::umount2(c"/var/lib/cni".as_ptr(), libc::MNT_DETACH) };
-        let _ = std::fs::remove_dir("/var/lib/cni");
+        unsafe { libc::umount2(folder.as_ptr(), libc::MNT_DETACH) };
+        let _ = std::fs::remove_dir(path_of(folder));
     }
     // SAFETY: nothing of this process needs a destructor.
     unsafe { libc::_exit(code) }
@@ -297,5 +340,16 @@ pub(crate) fn cgroups_named(token: &str) -> Vec<PathBuf> {
         }
     }
     found.sort_by_key(|path| std::cmp::Reverse(path.components().count()));
+    found
+}
+
+/// Of the cgroups that have `name` in their path those that the process is in, one in each hierarchy.
+pub(crate) fn cgroups_with(name: &str, pid: u32) -> Vec<PathBuf> {
+    let holds = |cgroup: &PathBuf| {
+        let members = std::fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+        members.lines().any(|member| member.parse() == Ok(pid))
+    };
+    let mut found = cgroups_named(name);
+    found.retain(holds);
     found
 }
