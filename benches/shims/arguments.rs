@@ -7,13 +7,13 @@ use proxmox_lxcri::error::{Error, Result};
 use crate::candidate::Candidate;
 
 const HELP: &str = "\
-Measures this shim beside containerd-shim-runc-v2 and bare crun, as root.
+Measures this shim beside containerd-shim-runc-v2, bare crun and bare LXC, as root.
 
 usage: cargo bench --bench shims -- [options]
   --iterations N     iterations of the lifecycle (default 30)
   --warm-up N        iterations before them that do not count (default 3)
   --only PART,…      lifecycle, memory, stdio, burst (default all)
-  --candidates C,…   ours, go-crun, go-runc, crun (default all)
+  --candidates C,…   ours, ours-lxc, go-crun, go-runc, crun, lxc (default all)
   --ours PATH        our shim (default: the one that cargo built with this program)
   --go PATH          the Go shim (default: containerd-shim-runc-v2 from PATH)
   --quick            a few small rounds, to see that everything runs

@@ -14,7 +14,7 @@ use crate::stage::Stage;
 /// Programs that the containers use; all are busybox.
 const APPLETS: [&str; 6] = ["sh", "sleep", "cat", "dd", "true", "echo"];
 
-/// Makes bundles with ids that are not used twice.
+/// Makes bundles with ids that are not used twice, on the whole machine: LXC has them at the root of the cgroups.
 pub(crate) struct Bundles {
     stage: Stage,
     busybox: PathBuf,
@@ -54,7 +54,7 @@ impl Bundles {
     /// # Errors
     /// The operating system's.
     pub(crate) fn make(&self, args: &[&str], sandbox: Option<&Bundle>) -> Result<Bundle> {
-        let id = format!("bench-{}", self.next.fetch_add(1, Ordering::Relaxed));
+        let id = format!("{}-{}", self.stage.name, self.next.fetch_add(1, Ordering::Relaxed));
         let path = self.stage.scratch.join("bundles").join(&id);
         let make = || -> std::io::Result<()> {
             for folder in ["bin", "dev", "proc", "sys", "run", "tmp", "etc"] {

@@ -9,6 +9,8 @@ use crate::{
     bundle::Bundle,
     candidate::Candidate,
     crun::Container,
+    lifecycle::INIT,
+    lxc,
     memory::{Pod, SLEEP},
     process,
     results::{Metric, Results},
@@ -28,10 +30,10 @@ pub(crate) async fn measure(bench: &Arc<Bench>, results: &mut Results) -> Result
     ));
     for round in 0..rounds {
         for candidate in bench.turn(round) {
-            let samples = if candidate.has_shim() {
-                shims(bench, candidate).await
-            } else {
-                bare(bench).await
+            let samples = match candidate {
+                Candidate::Crun => bare_crun(bench).await,
+                Candidate::Lxc => bare_lxc(bench).await,
+                _ => shims(bench, candidate).await,
             };
             results.extend(candidate, samples.map_err(|e| e.context(candidate.title()))?);
         }
@@ -39,9 +41,9 @@ pub(crate) async fn measure(bench: &Arc<Bench>, results: &mut Results) -> Result
     Ok(())
 }
 
-fn bundles(bench: &Bench) -> Result<Vec<Bundle>> {
+fn bundles(bench: &Bench, args: &[&str]) -> Result<Vec<Bundle>> {
     (0..bench.arguments.burst)
-        .map(|_| bench.bundles.make(&SLEEP, None))
+        .map(|_| bench.bundles.make(args, None))
         .collect()
 }
 
@@ -55,7 +57,7 @@ async fn all<T: 'static>(mut tasks: JoinSet<Result<T>>) -> Result<Vec<T>> {
 }
 
 async fn shims(bench: &Arc<Bench>, candidate: Candidate) -> Result<Vec<(Metric, f64)>> {
-    let bundles = bundles(bench)?;
+    let bundles = bundles(bench, &SLEEP)?;
     let begin = Instant::now();
     let mut starts = JoinSet::new();
     for bundle in bundles {
@@ -68,7 +70,7 @@ async fn shims(bench: &Arc<Bench>, candidate: Candidate) -> Result<Vec<(Metric, 
     tokio::time::sleep(bench.arguments.settle).await;
     let mut pss_mib = 0.0;
     for pod in &pods {
-        pss_mib += process::memory(pod.shim.pid())?.pss_kib / 1024.0;
+        pss_mib += process::memory_of_shim(pod.shim.pid())?.pss_kib / 1024.0;
     }
     let mut ends = JoinSet::new();
     for pod in pods {
@@ -82,8 +84,8 @@ async fn shims(bench: &Arc<Bench>, candidate: Candidate) -> Result<Vec<(Metric, 
     ])
 }
 
-async fn bare(bench: &Arc<Bench>) -> Result<Vec<(Metric, f64)>> {
-    let bundles = bundles(bench)?;
+async fn bare_crun(bench: &Arc<Bench>) -> Result<Vec<(Metric, f64)>> {
+    let bundles = bundles(bench, &SLEEP)?;
     let begin = Instant::now();
     let mut starts = JoinSet::new();
     for bundle in bundles {
@@ -100,6 +102,27 @@ async fn bare(bench: &Arc<Bench>) -> Result<Vec<(Metric, f64)>> {
     for (container, bundle) in containers {
         container.kill().await?;
         container.delete().await?;
+        bench.bundles.remove(&bundle)?;
+    }
+    Ok(vec![(Metric::BurstTime, took.as_secs_f64() * 1e3)])
+}
+
+/// `lxc-execute` does not tell when the program was started, so it has to tell so itself.
+async fn bare_lxc(bench: &Arc<Bench>) -> Result<Vec<(Metric, f64)>> {
+    let bundles = bundles(bench, &INIT)?;
+    let begin = Instant::now();
+    let mut starts = JoinSet::new();
+    for bundle in bundles {
+        let bench = Arc::clone(bench);
+        starts.spawn(async move {
+            let io = Io::new(&bundle, "init", true)?;
+            Ok((lxc::Container::execute(&bench, &bundle, &io).await?, bundle))
+        });
+    }
+    let containers = all(starts).await?;
+    let took = begin.elapsed();
+    for (container, bundle) in containers {
+        container.kill().await?;
         bench.bundles.remove(&bundle)?;
     }
     Ok(vec![(Metric::BurstTime, took.as_secs_f64() * 1e3)])

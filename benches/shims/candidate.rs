@@ -8,25 +8,38 @@ use serde::Serialize;
 pub(crate) enum Candidate {
     /// Our shim with crun.
     Ours,
+    /// Our shim with LXC.
+    OursLxc,
     /// containerd's Go shim with crun.
     GoCrun,
     /// containerd's Go shim with runc.
     GoRunc,
     /// The bare crun commands, without a shim: the limit.
     Crun,
+    /// LXC's own commands, without a shim: the limit for LXC.
+    Lxc,
 }
 
 impl Candidate {
     /// In the order of the table.
-    pub(crate) const ALL: [Self; 4] = [Self::Ours, Self::GoCrun, Self::GoRunc, Self::Crun];
+    pub(crate) const ALL: [Self; 6] = [
+        Self::Ours,
+        Self::OursLxc,
+        Self::GoCrun,
+        Self::GoRunc,
+        Self::Crun,
+        Self::Lxc,
+    ];
 
     /// Its name on the command line and in the JSON.
     pub(crate) fn key(self) -> &'static str {
         match self {
             Self::Ours => "ours",
+            Self::OursLxc => "ours-lxc",
             Self::GoCrun => "go-crun",
             Self::GoRunc => "go-runc",
             Self::Crun => "crun",
+            Self::Lxc => "lxc",
         }
     }
 
@@ -34,9 +47,11 @@ impl Candidate {
     pub(crate) fn title(self) -> &'static str {
         match self {
             Self::Ours => "this shim + crun",
+            Self::OursLxc => "this shim + lxc",
             Self::GoCrun => "Go shim + crun",
             Self::GoRunc => "Go shim + runc",
             Self::Crun => "bare crun",
+            Self::Lxc => "bare lxc",
         }
     }
 
@@ -44,22 +59,26 @@ impl Candidate {
     pub(crate) fn colour(self) -> &'static str {
         match self {
             Self::Ours => "#0072b2",
+            Self::OursLxc => "#56b4e9",
             Self::GoCrun => "#e69f00",
             Self::GoRunc => "#d55e00",
-            Self::Crun => "#999999",
+            Self::Crun => "#777777",
+            Self::Lxc => "#bbbbbb",
         }
     }
 
-    /// The runtime program that a shim of this candidate is told to use.
-    pub(crate) fn runtime(self) -> &'static str {
-        match self {
-            Self::GoRunc => "runc",
-            Self::Ours | Self::GoCrun | Self::Crun => "crun",
-        }
+    /// Who its numbers are set in relation to in the chart.
+    pub(crate) fn reference(self) -> Self {
+        if self.needs_lxc() { Self::Lxc } else { Self::GoCrun }
     }
 
     /// Whether a shim takes part at all.
     pub(crate) fn has_shim(self) -> bool {
-        self != Self::Crun
+        !matches!(self, Self::Crun | Self::Lxc)
+    }
+
+    /// Whether LXC has to be installed.
+    pub(crate) fn needs_lxc(self) -> bool {
+        matches!(self, Self::OursLxc | Self::Lxc)
     }
 }

@@ -10,11 +10,12 @@ use crate::{
 };
 
 /// What is drawn, where there are samples.
-const SHOWN: [Metric; 14] = [
+const SHOWN: [Metric; 15] = [
     Metric::ShimStart,
     Metric::Create,
     Metric::Start,
     Metric::FirstOutput,
+    Metric::CreateToOutput,
     Metric::Exec,
     Metric::KillToExit,
     Metric::Delete,
@@ -57,7 +58,9 @@ pub(crate) fn draw(arguments: &Arguments, results: &Results) -> String {
         "Shims side by side, one run",
     );
     let spread = format!(
-        "bars: medians; lines: p10 to p90; each group has its own scale; {} iterations",
+        "bars: medians; lines: p10 to p90; each group has its own scale; ×: of {}, for LXC of {}; {} iterations",
+        Candidate::Ours.reference().title(),
+        Candidate::OursLxc.reference().title(),
         arguments.iterations
     );
     label(&mut svg, MARGIN, 54.0, "fill=\"#666666\"", &spread);
@@ -111,10 +114,6 @@ fn group(svg: &mut String, arguments: &Arguments, results: &Results, metric: Met
         .map(|(_, summary)| summary.p90)
         .fold(f64::MIN_POSITIVE, f64::max);
     let scale = (COLUMN - NUMBERS) / longest;
-    let reference = cells
-        .iter()
-        .find(|(candidate, _)| *candidate == Candidate::GoCrun)
-        .map(|(_, summary)| summary.median);
     let mut y = top + 28.0;
     for (candidate, summary) in cells {
         rectangle(svg, left, y, (summary.median * scale).max(1.0), BAR, candidate.colour());
@@ -125,9 +124,10 @@ fn group(svg: &mut String, arguments: &Arguments, results: &Results, metric: Met
             left + summary.p10 * scale,
             left + summary.p90 * scale
         );
-        let ratio = match reference {
-            Some(reference) if candidate != Candidate::GoCrun && reference > 0.0 => {
-                format!("  ({:.2} ×)", summary.median / reference)
+        let reference = candidate.reference();
+        let ratio = match results.summary(metric, reference) {
+            Some(other) if candidate != reference && other.median > 0.0 => {
+                format!("  ({:.2} ×)", summary.median / other.median)
             }
             _ => String::new(),
         };

@@ -122,7 +122,10 @@ fn command(crun: &std::path::Path, root: &std::path::Path, verb: &str) -> Comman
 }
 
 /// The end that the container writes to; the harness reads already, so this does not block.
-fn writer(path: &std::path::Path) -> Result<File> {
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn writer(path: &std::path::Path) -> Result<File> {
     OpenOptions::new()
         .write(true)
         .open(path)

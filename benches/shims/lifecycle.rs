@@ -1,22 +1,27 @@
 //! The phases of one container, from the shim's start to its end.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use proxmox_lxcri::error::{Error, Result};
 
 use crate::{
     candidate::Candidate,
     crun::Container,
-    process,
+    lxc, process,
     results::{Metric, Results},
     run::{Bench, progress},
     shim::{Io, Shim},
 };
 
 /// Prints, then stays until it is killed.
-const INIT: [&str; 3] = ["/bin/sh", "-c", "echo ready; exec /bin/sleep 3600"];
+pub(crate) const INIT: [&str; 3] = ["/bin/sh", "-c", "echo ready; exec /bin/sleep 3600"];
 /// The process of an exec: over at once.
 const EXEC: [&str; 1] = ["/bin/true"];
+
+/// Before a candidate's turn. The first process in a while that joins a cgroup waits for a grace period of the kernel's RCU, and for
+/// some milliseconds the next ones do not (rcu_sync_enter in cgroup_procs_write_start). Nobody is to profit from who was there before,
+/// as those would who have no shim to start.
+const QUIET: Duration = Duration::from_millis(50);
 
 /// Runs the iterations.
 ///
@@ -28,10 +33,11 @@ pub(crate) async fn measure(bench: &Bench, results: &mut Results) -> Result<()> 
     progress(&format!("lifecycle: {warm_up} + {count} iterations"));
     for iteration in 0..warm_up + count {
         for candidate in bench.turn(iteration) {
-            let samples = if candidate.has_shim() {
-                shim(bench, candidate).await
-            } else {
-                bare(bench).await
+            tokio::time::sleep(QUIET).await;
+            let samples = match candidate {
+                Candidate::Crun => bare_crun(bench).await,
+                Candidate::Lxc => bare_lxc(bench).await,
+                _ => shim(bench, candidate).await,
             };
             let samples = samples.map_err(|e| e.context(format!("{}, iteration {iteration}", candidate.title())))?;
             if iteration >= warm_up {
@@ -43,7 +49,7 @@ pub(crate) async fn measure(bench: &Bench, results: &mut Results) -> Result<()> 
 }
 
 /// Milliseconds.
-fn ms(duration: std::time::Duration) -> f64 {
+fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
@@ -101,6 +107,7 @@ async fn shim(bench: &Bench, candidate: Candidate) -> Result<Vec<(Metric, f64)>>
         (Metric::Create, ms(begin_start - begin_create)),
         (Metric::Start, ms(started)),
         (Metric::FirstOutput, ms(first.duration_since(begin_start))),
+        (Metric::CreateToOutput, ms(first.duration_since(begin_create))),
         (Metric::Exec, ms(exec_deleted - begin_exec)),
         (Metric::ExecAdd, ms(exec_added - begin_exec)),
         (Metric::ExecStart, ms(exec_started - exec_added)),
@@ -115,7 +122,7 @@ async fn shim(bench: &Bench, candidate: Candidate) -> Result<Vec<(Metric, f64)>>
     ])
 }
 
-async fn bare(bench: &Bench) -> Result<Vec<(Metric, f64)>> {
+async fn bare_crun(bench: &Bench) -> Result<Vec<(Metric, f64)>> {
     let bundle = bench.bundles.make(&INIT, None)?;
     let io = Io::new(&bundle, "init", true)?;
 
@@ -126,16 +133,39 @@ async fn bare(bench: &Bench) -> Result<Vec<(Metric, f64)>> {
     let killed = container.kill().await?;
     let deleted = container.delete().await?;
     let whole = container.begin.elapsed();
+    let total = first.duration_since(container.begin);
 
     bench.bundles.remove(&bundle)?;
     Ok(vec![
         (Metric::Create, ms(container.created)),
         (Metric::Start, ms(started.took())),
         (Metric::FirstOutput, ms(first.duration_since(started.begin))),
+        (Metric::CreateToOutput, ms(total)),
         (Metric::Exec, ms(exec)),
         (Metric::KillToExit, ms(killed)),
         (Metric::Delete, ms(deleted)),
-        (Metric::Total, ms(first.duration_since(container.begin))),
+        (Metric::Total, ms(total)),
+        (Metric::Whole, ms(whole)),
+    ])
+}
+
+async fn bare_lxc(bench: &Bench) -> Result<Vec<(Metric, f64)>> {
+    let bundle = bench.bundles.make(&INIT, None)?;
+    let io = Io::new(&bundle, "init", true)?;
+
+    let container = lxc::Container::execute(bench, &bundle, &io).await?;
+    let exec = container.attach(&EXEC).await?;
+    let (killed, cleaned) = container.kill().await?;
+    let whole = container.begin.elapsed();
+    let total = container.first.duration_since(container.begin);
+
+    bench.bundles.remove(&bundle)?;
+    Ok(vec![
+        (Metric::CreateToOutput, ms(total)),
+        (Metric::Exec, ms(exec)),
+        (Metric::KillToExit, ms(killed)),
+        (Metric::Delete, ms(cleaned)),
+        (Metric::Total, ms(total)),
         (Metric::Whole, ms(whole)),
     ])
 }

@@ -28,6 +28,8 @@ pub(crate) struct Machine {
     pub(crate) crun: String,
     pub(crate) runc: String,
     pub(crate) go_shim: String,
+    /// Nothing where it is not installed.
+    pub(crate) lxc: Option<String>,
     pub(crate) ours: String,
 }
 
@@ -47,7 +49,14 @@ impl Machine {
 
     /// The programs, one line.
     pub(crate) fn programs(&self) -> String {
-        format!("{}; {}; Go shim of {}", self.crun, self.runc, self.go_shim)
+        let lxc = self.lxc.as_ref().map(|version| format!("LXC {version}; "));
+        format!(
+            "{}; {}; {}Go shim of {}",
+            self.crun,
+            self.runc,
+            lxc.unwrap_or_default(),
+            self.go_shim
+        )
     }
 }
 
@@ -79,6 +88,7 @@ pub(crate) fn describe(bench: &Bench) -> Machine {
         go_shim: said(Command::new(&bench.go).arg("-v"))
             .and_then(|text| field(&text, "  Version", ':'))
             .map_or_else(unknown, |version| format!("containerd {version}")),
+        lxc: said(Command::new(&bench.lxc).arg("--version")),
         ours: bench.arguments.ours.display().to_string(),
     }
 }
@@ -98,7 +108,7 @@ pub(crate) fn program(name: &Path) -> Result<PathBuf> {
     };
     found.filter(|path| path.is_file()).ok_or_else(|| {
         Error::not_found(format!(
-            "no program {}: install it (apt-get install crun runc containerd), or leave it out with --candidates",
+            "no program {}: install it (apt-get install crun runc containerd lxc), or leave it out with --candidates",
             name.display()
         ))
     })

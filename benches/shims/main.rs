@@ -1,5 +1,5 @@
-//! Measures shims side by side in one run: ours with crun, containerd's Go shim with crun and with runc, and the bare crun
-//! commands as the limit.
+//! Measures shims side by side in one run: ours with crun and with LXC, containerd's Go shim with crun and with runc, and the bare
+//! commands of crun and LXC as the limit.
 //!
 //! `cargo bench --bench shims -- --help` lists the options. The harness speaks ttrpc straight to the shim binaries; no containerd
 //! takes part, and a containerd of the machine is not touched: everything lives in a mount and a process namespace of its own
@@ -9,7 +9,7 @@
 //! main ─▶ stage (namespaces, clean-up)      ─▶ run ─▶ lifecycle · memory · stdio · burst   what is measured
 //!                                                 │          │
 //!                                                 │          ▼
-//!                                                 │     shim · crun · bundle · events       how the candidates are driven
+//!                                                 │     shim · crun · lxc · bundle · events how the candidates are driven
 //!                                                 ▼
 //!                                            results ─▶ targets ─▶ report · chart           what is shown
 //! ```
@@ -26,6 +26,7 @@ mod crun;
 mod events;
 mod fifo;
 mod lifecycle;
+mod lxc;
 mod machine;
 mod memory;
 mod process;
@@ -40,6 +41,7 @@ mod targets;
 use std::process::ExitCode;
 
 use arguments::{Arguments, Wish};
+use stage::Role;
 
 fn main() -> ExitCode {
     let wish = match Arguments::parse(std::env::args_os().skip(1)) {
@@ -54,11 +56,11 @@ fn main() -> ExitCode {
             println!("{text}");
             Ok(ExitCode::SUCCESS)
         }
-        Wish::Run(arguments) => match stage::Stage::inside() {
-            None => stage::supervise(),
-            Some(stage) => stage
-                .and_then(|stage| run::run(&arguments, stage))
-                .map(|()| ExitCode::SUCCESS),
+        Wish::Run(arguments) => match Role::find() {
+            Ok(Role::Outer) => stage::supervise(),
+            Ok(Role::First) => stage::stand_by(),
+            Ok(Role::Inner(stage)) => run::run(&arguments, stage).map(|()| ExitCode::SUCCESS),
+            Err(e) => Err(e),
         },
     };
     done.unwrap_or_else(|e| {

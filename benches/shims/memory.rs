@@ -1,4 +1,4 @@
-//! Memory of idle shims: many pods side by side, and one pod with many containers.
+//! Memory of idle shims, LXC's monitors included: many pods side by side, and one pod with many containers.
 
 use proxmox_lxcri::error::Result;
 
@@ -105,7 +105,7 @@ async fn side_by_side(bench: &Bench, candidate: Candidate) -> Result<Vec<(Metric
     let mut pss = 0.0;
     let mut private = 0.0;
     for pod in &pods {
-        let memory = process::memory(pod.shim.pid())?;
+        let memory = process::memory_of_shim(pod.shim.pid())?;
         pss += memory.pss_kib;
         private += memory.private_kib;
     }
@@ -113,12 +113,12 @@ async fn side_by_side(bench: &Bench, candidate: Candidate) -> Result<Vec<(Metric
 
     let mut per_container = Vec::new();
     if let Some(pod) = pods.first_mut() {
-        let before = process::memory(pod.shim.pid())?;
+        let before = process::memory_of_shim(pod.shim.pid())?;
         for _ in 1..arguments.containers {
             pod.grow(bench, candidate).await?;
         }
         tokio::time::sleep(arguments.settle).await;
-        let after = process::memory(pod.shim.pid())?;
+        let after = process::memory_of_shim(pod.shim.pid())?;
         let further = (arguments.containers.max(2) - 1) as f64;
         per_container = vec![
             (Metric::PssOne, before.pss_kib / 1024.0),

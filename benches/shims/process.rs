@@ -12,7 +12,10 @@ use nix::{
     time::{ClockId, clock_getcpuclockid, clock_gettime},
     unistd::Pid,
 };
-use proxmox_lxcri::error::{Context, Error, Result};
+use proxmox_lxcri::{
+    backend::lxc::monitor::ACTION,
+    error::{Context, Error, Result},
+};
 use tokio::io::{Interest, unix::AsyncFd};
 
 /// Bound of every wait for a command, a process or an event.
@@ -56,6 +59,23 @@ pub(crate) async fn run(mut command: Command, stdin: Vec<u8>) -> Result<Finished
         end,
         stdout: stdout.into_owned(),
     })
+}
+
+/// Spawns `command`, which is waited for through [`Process`]; the time is that before the spawn.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) async fn spawn(mut command: Command) -> Result<(Instant, Process)> {
+    let text = format!("{command:?}");
+    let work = tokio::task::spawn_blocking(move || -> std::io::Result<_> {
+        let begin = Instant::now();
+        Ok((begin, command.spawn()?.id()))
+    });
+    let joined = work.await;
+    let (begin, pid) = joined
+        .map_err(|e| Error::unknown(format!("the thread of {text} panicked")).with_source(e))?
+        .context(|| format!("cannot run {text}"))?;
+    Ok((begin, Process::open(pid)?))
 }
 
 /// A command that ended well.
@@ -117,6 +137,11 @@ impl Process {
         })
     }
 
+    /// Its pid.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid.as_raw().cast_unsigned()
+    }
+
     /// When the process was seen to be gone; a zombie of ours is reaped.
     ///
     /// # Errors
@@ -135,8 +160,27 @@ impl Process {
     }
 }
 
-/// Memory of a process, KiB.
-#[derive(Debug, Clone, Copy)]
+/// The children of a process.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn children(parent: u32) -> Result<Vec<u32>> {
+    let entries = fs::read_dir("/proc").context(|| "cannot read /proc")?;
+    let pids = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    // Who ends meanwhile is nobody's child any more. The name, in brackets, may hold anything.
+    Ok(pids
+        .filter(|pid: &u32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+            fields.split_whitespace().nth(1) == Some(parent.to_string().as_str())
+        })
+        .collect())
+}
+
+/// Memory of a process or of several, KiB.
+#[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Memory {
     /// Proportional set size: shared pages divided by the number of their users.
     pub(crate) pss_kib: f64,
@@ -144,11 +188,28 @@ pub(crate) struct Memory {
     pub(crate) private_kib: f64,
 }
 
+/// What a shim costs: its own memory, and that of the monitors that it keeps for LXC's containers.
+///
+/// # Errors
+/// As [`memory`].
+pub(crate) fn memory_of_shim(shim: u32) -> Result<Memory> {
+    let mut sum = memory(shim)?;
+    for child in children(shim)? {
+        let command = fs::read(format!("/proc/{child}/cmdline")).unwrap_or_default();
+        if command.split(|byte| *byte == 0).nth(1) == Some(ACTION.as_bytes()) {
+            let monitor = memory(child)?;
+            sum.pss_kib += monitor.pss_kib;
+            sum.private_kib += monitor.private_kib;
+        }
+    }
+    Ok(sum)
+}
+
 /// Reads `/proc/<pid>/smaps_rollup`.
 ///
 /// # Errors
 /// The operating system's; `Unknown` when a field is missing.
-pub(crate) fn memory(pid: u32) -> Result<Memory> {
+fn memory(pid: u32) -> Result<Memory> {
     let path = format!("/proc/{pid}/smaps_rollup");
     let text = fs::read_to_string(&path).context(|| format!("cannot read {path}"))?;
     let field = |name: &str| -> Result<f64> {

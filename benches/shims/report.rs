@@ -108,6 +108,9 @@ fn table(arguments: &Arguments, results: &Results, targets: &[Target]) -> String
             ""
         }
     );
+    for note in &results.notes {
+        let _ = writeln!(text, "{note}\n");
+    }
     let _ = write!(text, "{:<22} {:<5}", "", "");
     for candidate in &arguments.candidates {
         let _ = write!(text, " {:>17}", candidate.title());
@@ -121,11 +124,11 @@ fn table(arguments: &Arguments, results: &Results, targets: &[Target]) -> String
         text.push('\n');
     }
     if !targets.is_empty() {
-        let _ = writeln!(text, "\n{:<40} {:>12}", "target", "measured");
+        let _ = writeln!(text, "\n{:<42} {:>12}", "target", "measured");
         for target in targets {
             let _ = writeln!(
                 text,
-                "{:<40} {:>12}  {}",
+                "{:<42} {:>12}  {}",
                 target.wanted,
                 target.shown(),
                 target.verdict()
@@ -163,6 +166,7 @@ fn document(arguments: &Arguments, results: &Results, targets: &[Target]) -> Val
         },
         "metrics": metrics,
         "targets": targets,
+        "notes": results.notes,
     })
 }
 
@@ -178,6 +182,9 @@ fn section(arguments: &Arguments, results: &Results, targets: &[Target]) -> Stri
         machine.commit,
         arguments.iterations
     );
+    for note in &results.notes {
+        let _ = writeln!(text, "{note}\n");
+    }
     text.push_str("| |");
     for candidate in &arguments.candidates {
         let _ = write!(text, " {} |", candidate.title());

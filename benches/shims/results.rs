@@ -37,7 +37,9 @@ metrics! {
     Start = "start", "start", Milliseconds;
     /// From the call of start to the first byte of stdout.
     FirstOutput = "first_output", "start to first output", Milliseconds;
-    /// Add, start, exit and delete of an exec, or `crun exec`.
+    /// From the call of create, or the spawn of `crun create` or `lxc-execute`, to the first byte of stdout.
+    CreateToOutput = "create_to_output", "create to first output", Milliseconds;
+    /// Add, start, exit and delete of an exec, or `crun exec` or `lxc-attach`.
     Exec = "exec", "exec", Milliseconds;
     /// Task.Exec.
     ExecAdd = "exec_add", "  add", Milliseconds;
@@ -47,11 +49,11 @@ metrics! {
     ExecExit = "exec_exit", "  start to exit event", Milliseconds;
     /// Task.Delete of the exec.
     ExecDelete = "exec_delete", "  delete", Milliseconds;
-    /// From the call of Task.Kill to the exit event, or of `crun kill` to init's end.
+    /// From the call of Task.Kill to the exit event, or of `crun kill` or `lxc-stop` to init's end.
     KillToExit = "kill_to_exit", "kill to exit event", Milliseconds;
     /// Processes and threads that the machine started meanwhile.
     KillForks = "kill_forks", "  processes born", Count;
-    /// Task.Delete, or `crun delete`.
+    /// Task.Delete, or `crun delete`, or from init's end to that of `lxc-execute`.
     Delete = "delete", "delete", Milliseconds;
     /// From Task.Shutdown to the shim's end.
     Shutdown = "shutdown", "shim shutdown", Milliseconds;
@@ -59,7 +61,7 @@ metrics! {
     Total = "total", "total to first output", Milliseconds;
     /// From the spawn of `start` to the shim's end.
     Whole = "whole", "whole life", Milliseconds;
-    /// Mean PSS of the shims side by side.
+    /// Mean PSS of the shims side by side; with LXC, of each together with its monitors.
     Pss = "pss", "PSS of a shim", Mebibytes;
     /// Mean private memory of the shims side by side.
     Private = "private", "private memory", Mebibytes;
@@ -151,14 +153,17 @@ fn percentile(sorted: &[f64], part: f64) -> f64 {
 pub(crate) struct Results {
     /// Where it ran.
     pub(crate) machine: Machine,
+    /// What a reader has to know.
+    pub(crate) notes: Vec<String>,
     samples: BTreeMap<(Metric, Candidate), Vec<f64>>,
 }
 
 impl Results {
     /// Without samples.
-    pub(crate) fn new(machine: Machine) -> Self {
+    pub(crate) fn new(machine: Machine, notes: Vec<String>) -> Self {
         Self {
             machine,
+            notes,
             samples: BTreeMap::new(),
         }
     }

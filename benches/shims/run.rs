@@ -13,7 +13,7 @@ use crate::{
     burst,
     candidate::Candidate,
     events::Events,
-    lifecycle, machine, memory, report,
+    lifecycle, lxc, machine, memory, report,
     results::Results,
     stage::Stage,
     stdio,
@@ -35,14 +35,16 @@ pub(crate) struct Bench {
     pub(crate) crun: PathBuf,
     /// The Go shim.
     pub(crate) go: PathBuf,
+    /// `lxc-execute`; LXC's other commands lie beside it.
+    pub(crate) lxc: PathBuf,
 }
 
 impl Bench {
     /// The shim binary of a candidate that has one.
     pub(crate) fn shim(&self, candidate: Candidate) -> &Path {
         match candidate {
-            Candidate::Ours => &self.arguments.ours,
-            Candidate::GoCrun | Candidate::GoRunc | Candidate::Crun => &self.go,
+            Candidate::Ours | Candidate::OursLxc => &self.arguments.ours,
+            _ => &self.go,
         }
     }
 
@@ -65,14 +67,32 @@ pub(crate) fn run(arguments: &Arguments, stage: Stage) -> Result<()> {
         .max_blocking_threads(arguments.burst.max(64))
         .build()
         .context(|| "cannot build the runtime")?;
-    let done = runtime.block_on(measure(arguments, stage));
+    let (arguments, notes) = attendance(arguments)?;
+    let done = runtime.block_on(measure(&arguments, notes, stage));
     // A command that hangs is ended by the kernel together with this process.
     runtime.shutdown_background();
     let results = done?;
-    report::publish(arguments, &results)
+    report::publish(&arguments, &results)
 }
 
-async fn measure(arguments: &Arguments, stage: Stage) -> Result<Results> {
+/// Leaves out who needs LXC where that is not installed, with a note.
+fn attendance(arguments: &Arguments) -> Result<(Arguments, Vec<String>)> {
+    let mut arguments = arguments.clone();
+    let mut notes = Vec::new();
+    if let Err(e) = machine::program(Path::new(lxc::EXECUTE)) {
+        let all = arguments.candidates.len();
+        arguments.candidates.retain(|candidate| !candidate.needs_lxc());
+        if arguments.candidates.is_empty() {
+            return Err(e);
+        }
+        if arguments.candidates.len() < all {
+            notes.push("LXC is not installed (apt-get install lxc), so it is left out.".into());
+        }
+    }
+    Ok((arguments, notes))
+}
+
+async fn measure(arguments: &Arguments, notes: Vec<String>, stage: Stage) -> Result<Results> {
     let needs = |candidate| arguments.candidates.contains(&candidate);
     let crun = machine::program(Path::new("crun"))?;
     let mut go = arguments.go.clone();
@@ -82,8 +102,12 @@ async fn measure(arguments: &Arguments, stage: Stage) -> Result<Results> {
     if needs(Candidate::GoRunc) {
         machine::program(Path::new("runc"))?;
     }
-    if needs(Candidate::Ours) {
+    if needs(Candidate::Ours) || needs(Candidate::OursLxc) {
         machine::program(&arguments.ours)?;
+    }
+    let mut lxc = PathBuf::from(lxc::EXECUTE);
+    if arguments.candidates.iter().any(|candidate| candidate.needs_lxc()) {
+        lxc = machine::program(&lxc)?;
     }
     let events = Events::default();
     let events_socket = stage.scratch.join("events.sock");
@@ -96,8 +120,9 @@ async fn measure(arguments: &Arguments, stage: Stage) -> Result<Results> {
         events_socket,
         crun,
         go,
+        lxc,
     });
-    let mut results = Results::new(machine::describe(&bench));
+    let mut results = Results::new(machine::describe(&bench), notes);
     for part in &arguments.parts {
         match part {
             Part::Lifecycle => lifecycle::measure(&bench, &mut results).await,

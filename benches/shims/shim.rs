@@ -17,7 +17,10 @@ use containerd_shim_protos::{
     shim_async::Client,
     ttrpc::proto::{KeyValue, Request},
 };
-use proxmox_lxcri::error::{Error, Result};
+use proxmox_lxcri::{
+    config::proto::runtimeoptions,
+    error::{Error, Result},
+};
 
 use crate::{
     bundle::{self, Bundle},
@@ -316,16 +319,34 @@ fn answer(stdout: &str) -> Result<(String, u32)> {
     Ok((address.into(), u32::try_from(version).unwrap_or(2)))
 }
 
-/// `containerd.runc.v1.Options`, which every candidate understands; the runtime keeps its state inside the scratch folder.
+/// Every candidate keeps its state inside the scratch folder.
 fn options(bench: &Bench, candidate: Candidate) -> Any {
-    let options = oci::Options {
-        binary_name: candidate.runtime().into(),
-        root: text(&bench.stage.scratch.join(candidate.key())),
-        ..Default::default()
+    let state = text(&bench.stage.scratch.join(candidate.key()));
+    let (type_url, value) = match candidate {
+        Candidate::OursLxc => {
+            let options = runtimeoptions::Options {
+                config_body: format!("backend = \"lxc\"\nlxc_path = {state:?}\n").into_bytes(),
+                ..Default::default()
+            };
+            ("runtimeoptions.v1.Options", prost::Message::encode_to_vec(&options))
+        }
+        _ => {
+            let runtime = if candidate == Candidate::GoRunc { "runc" } else { "crun" };
+            let options = oci::Options {
+                binary_name: runtime.into(),
+                root: state,
+                ..Default::default()
+            };
+            // All shims understand them.
+            (
+                "containerd.runc.v1.Options",
+                options.write_to_bytes().unwrap_or_default(),
+            )
+        }
     };
     Any {
-        type_url: "containerd.runc.v1.Options".into(),
-        value: options.write_to_bytes().unwrap_or_default(),
+        type_url: type_url.into(),
+        value,
         ..Default::default()
     }
 }

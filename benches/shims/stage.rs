@@ -1,27 +1,28 @@
-//! Where the measurement takes place: a mount namespace, a process namespace, a /run and a parent cgroup of its own.
+//! Where the measurement takes place: namespaces of mounts, processes and the network, a /run and a parent cgroup of its own.
 //!
-//! The program runs twice. The outer one makes the namespaces, starts itself again as their first process, and waits. When the
-//! inner one ends, in whatever way, the kernel ends every process that it left and forgets every mount, file and socket, so that
-//! the outer one finds only empty cgroups to remove. Ctrl-C kills the inner one.
+//! The program runs three times. The outer one makes the namespaces, starts itself again as their first process, and waits. That one
+//! starts the inner one, which measures, and stands for the node's init beside it: LXC takes its cgroup for the place below which
+//! containers are. When the inner one ends, in whatever way, so does the first, and the kernel ends every process that is left and
+//! forgets every mount, file and socket, so that the outer one finds only empty cgroups to remove. Ctrl-C kills the first.
 
 use std::{
     fs, io,
     os::fd::AsFd,
     path::{Path, PathBuf},
-    process::{Command, ExitCode},
+    process::{Command, ExitCode, ExitStatus},
     time::Duration,
 };
 
 use nix::{
     errno::Errno,
-    mount::{MsFlags, mount},
+    mount::{MntFlags, MsFlags, mount, umount2},
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sched::{CloneFlags, unshare},
     sys::{
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
     },
-    unistd::{Pid, geteuid, getpid},
+    unistd::{geteuid, getpid},
 };
 use proxmox_lxcri::error::{Context, Error, Kind, Result};
 
@@ -30,47 +31,87 @@ const CGROUP: &str = "SHIMS_BENCH_CGROUP";
 /// Everything is made here: a tmpfs, as on a real machine, that nobody else sees. The sockets of the shims and the state of the
 /// runtimes lie in it too.
 const RUN: &str = "/run";
-/// Where a machine with cgroup v1 in hybrid mode mounts the second hierarchy, which crun refuses.
-const HYBRID: &str = "/sys/fs/cgroup/unified";
 const CGROUPS: &str = "/sys/fs/cgroup";
+/// The name below [`CGROUPS`] of the second hierarchy of a machine with cgroup v1 in hybrid mode, which crun refuses.
+const HYBRID: &str = "unified";
+/// LXC's own folder, empty here.
+const LXC: &str = "/var/lib/lxc";
 
 /// The folders that the measurement may write to.
 #[derive(Debug, Clone)]
 pub(crate) struct Stage {
     /// On a tmpfs; it vanishes with the namespace.
     pub(crate) scratch: PathBuf,
+    /// A name that no other run on the machine has at this time.
+    pub(crate) name: String,
     /// Parent of all cgroups, as it is written into `linux.cgroupsPath`.
     pub(crate) cgroup: String,
     /// A network namespace for all containers, made beforehand as CRI does.
     pub(crate) netns: PathBuf,
 }
 
-impl Stage {
-    /// The stage, if this is the inner program.
-    pub(crate) fn inside() -> Option<Result<Self>> {
-        let name = std::env::var(CGROUP).ok()?;
-        Some(Self::enter(&name))
-    }
+/// Which of the three this program is.
+pub(crate) enum Role {
+    /// The one that the user has started.
+    Outer,
+    /// The first process of the namespaces.
+    First,
+    /// The one that measures.
+    Inner(Stage),
+}
 
-    fn enter(name: &str) -> Result<Self> {
-        if getpid() != Pid::from_raw(1) {
-            return Err(Error::invalid(format!(
+impl Role {
+    /// Finds out, and makes the stage where this is the inner program.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn find() -> Result<Self> {
+        let Ok(name) = std::env::var(CGROUP) else {
+            return Ok(Self::Outer);
+        };
+        match getpid().as_raw() {
+            1 => Ok(Self::First),
+            2 => Stage::enter(&name).map(Self::Inner),
+            _ => Err(Error::invalid(format!(
                 "{CGROUP} is set by this program itself; unset it"
-            )));
+            ))),
         }
-        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context(|| "cannot ask for a signal at the parent's death")?;
-        // The process namespace needs its own view, or /proc shows the pids of the outer one.
-        cover(Path::new("/proc"), "proc")?;
+    }
+}
+
+impl Stage {
+    fn enter(name: &str) -> Result<Self> {
+        die_with_parent()?;
+        // What a shim or LXC leaves behind becomes this program's child, which can wait for its end.
+        nix::sys::prctl::set_child_subreaper(true).context(|| "cannot adopt orphans")?;
+        for root in hierarchies()? {
+            let file = root.join("cgroup.procs");
+            fs::write(&file, "1").context(|| format!("cannot move the first process by {}", file.display()))?;
+        }
         let scratch = Path::new(RUN).join("shims-bench");
         fs::create_dir(&scratch).context(|| format!("cannot make {}", scratch.display()))?;
         let netns = scratch.join("netns");
         make_netns(&netns)?;
         Ok(Self {
+            name: name.into(),
             cgroup: format!("/{name}"),
             scratch,
             netns,
         })
     }
+}
+
+/// Runs the first process: starts the inner program and ends with it.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn stand_by() -> Result<ExitCode> {
+    die_with_parent()?;
+    // The process namespace needs its own view, or /proc shows the pids of the outer one.
+    cover(Path::new("/proc"), "proc")?;
+    let mut child = again()?.spawn().context(|| "cannot start the inner program")?;
+    let status = child.wait().context(|| "cannot wait for the inner program")?;
+    Ok(exit_code(status))
 }
 
 /// Makes the namespaces, runs this program again inside of them, and cleans up behind it.
@@ -106,24 +147,25 @@ fn run_inside(cgroup: &str) -> Result<ExitCode> {
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .context(|| "cannot make a signalfd")?;
 
-    let program = std::env::current_exe().context(|| "cannot find this program")?;
-    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID).context(|| "cannot make namespaces")?;
+    // LXC's command sockets are abstract: their names belong to the network namespace.
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNET)
+        .context(|| "cannot make namespaces")?;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(None::<&str>, "/", None::<&str>, private, None::<&str>).context(|| "cannot make the mounts private")?;
-    if is_mount_point(Path::new(HYBRID)) {
-        // Covered, not unmounted: crun makes folders and plain files for its cgroups below this path, whatever it is, and on the
-        // tmpfs beneath they would outlive this namespace.
-        cover(Path::new(HYBRID), "tmpfs")?;
-    }
     cover(Path::new(RUN), "tmpfs")?;
+    if Path::new(CGROUPS).join(HYBRID).exists() {
+        hide_hybrid()?;
+    }
+    if Path::new(LXC).exists() {
+        cover(Path::new(LXC), "tmpfs")?;
+    }
 
-    let mut child = Command::new(program)
-        .args(std::env::args_os().skip(1))
+    let mut child = again()?
         .env(CGROUP, cgroup)
         .spawn()
-        .context(|| "cannot start the inner program")?;
+        .context(|| "cannot start the first process")?;
     let status = loop {
-        if let Some(status) = child.try_wait().context(|| "cannot wait for the inner program")? {
+        if let Some(status) = child.try_wait().context(|| "cannot wait for the first process")? {
             break status;
         }
         let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
@@ -134,14 +176,27 @@ fn run_inside(cgroup: &str) -> Result<ExitCode> {
         while let Ok(Some(info)) = signals.read_signal() {
             if info.ssi_signo != Signal::SIGCHLD as u32 {
                 eprintln!("shims: interrupted; cleaning up");
-                child.kill().context(|| "cannot end the inner program")?;
+                child.kill().context(|| "cannot end the first process")?;
             }
         }
     };
-    Ok(match status.code() {
-        Some(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
-        None => ExitCode::FAILURE,
-    })
+    Ok(exit_code(status))
+}
+
+/// This program with the same arguments.
+fn again() -> Result<Command> {
+    let mut command = Command::new(std::env::current_exe().context(|| "cannot find this program")?);
+    command.args(std::env::args_os().skip(1));
+    Ok(command)
+}
+
+fn exit_code(status: ExitStatus) -> ExitCode {
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    code.map_or(ExitCode::FAILURE, ExitCode::from)
+}
+
+fn die_with_parent() -> Result<()> {
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context(|| "cannot ask for a signal at the parent's death")
 }
 
 /// Mounts an empty file system over a folder.
@@ -150,14 +205,64 @@ fn cover(folder: &Path, kind: &str) -> Result<()> {
         .context(|| format!("cannot mount {kind} on {} in the private namespace", folder.display()))
 }
 
-fn remove_cgroups(name: &str) -> Result<()> {
-    let entries = fs::read_dir(CGROUPS).context(|| format!("cannot read {CGROUPS}"))?;
-    let mut roots = vec![PathBuf::from(CGROUPS)];
-    roots.extend(entries.flatten().map(|entry| entry.path()));
-    // The one hierarchy of v2, or those of v1; the cover of the hybrid one has no such file.
+/// Builds [`CGROUPS`] of a hybrid machine again, without the second hierarchy.
+///
+/// Covering or unmounting that alone is not enough. LXC looks for hierarchies by mount and by name, and crun makes folders and plain
+/// files for its cgroups below that path, whatever it is; on the machine's tmpfs beneath they would outlive this namespace.
+fn hide_hybrid() -> Result<()> {
+    let aside = Path::new(RUN).join("cgroup");
+    let failed = || format!("cannot build {CGROUPS} again in the private namespace");
+    let bind = |from: &Path, to: &Path, more: MsFlags| {
+        mount(Some(from), to, None::<&str>, MsFlags::MS_BIND | more, None::<&str>).context(failed)
+    };
+    fs::create_dir(&aside).context(failed)?;
+    bind(Path::new(CGROUPS), &aside, MsFlags::MS_REC)?;
+    umount2(CGROUPS, MntFlags::MNT_DETACH).context(failed)?;
+    cover(Path::new(CGROUPS), "tmpfs")?;
+    for entry in fs::read_dir(&aside).context(failed)?.flatten() {
+        let (from, to) = (entry.path(), Path::new(CGROUPS).join(entry.file_name()));
+        if entry.file_name() == HYBRID {
+            continue;
+        } else if let Ok(target) = fs::read_link(&from) {
+            std::os::unix::fs::symlink(target, to).context(failed)?;
+        } else if from.is_dir() {
+            fs::create_dir(&to).context(failed)?;
+            bind(&from, &to, MsFlags::empty())?;
+        }
+    }
+    umount2(&aside, MntFlags::MNT_DETACH).context(failed)?;
+    fs::remove_dir(&aside).context(failed)
+}
+
+/// The roots of the hierarchies: the one of cgroup v2, or each of v1.
+fn hierarchies() -> Result<Vec<PathBuf>> {
+    let one = PathBuf::from(CGROUPS);
+    if one.join("cgroup.procs").exists() {
+        return Ok(vec![one]);
+    }
+    let entries = fs::read_dir(&one).context(|| format!("cannot read {CGROUPS}"))?;
+    // Not the links such as cpu,cpuacct.
+    let folders = entries
+        .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    let mut roots: Vec<_> = folders.map(|entry| entry.path()).collect();
     roots.retain(|root| root.join("cgroup.procs").exists());
-    for root in roots {
-        let cgroup = root.join(name);
+    Ok(roots)
+}
+
+/// Removes this run's cgroup, and what LXC calls by the name of one of its containers.
+fn remove_cgroups(name: &str) -> Result<()> {
+    let mut cgroups = Vec::new();
+    let of_container = format!(".{name}-");
+    for root in hierarchies()? {
+        let entries = fs::read_dir(&root).context(|| format!("cannot read {}", root.display()))?;
+        let ours = entries.flatten().filter(|entry| {
+            let entry = entry.file_name();
+            entry == name || entry.to_string_lossy().contains(&of_container)
+        });
+        cgroups.extend(ours.map(|entry| entry.path()));
+    }
+    for cgroup in cgroups {
         let mut last = Ok(());
         // The kernel lets go of a dead process's cgroup a little after the process.
         for _ in 0..100 {
@@ -191,13 +296,6 @@ fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,
     }
-}
-
-fn is_mount_point(path: &Path) -> bool {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    mounts
-        .lines()
-        .any(|line| line.split(' ').nth(4).is_some_and(|point| Path::new(point) == path))
 }
 
 /// A network namespace bound to `path`, made by a thread that then ends.

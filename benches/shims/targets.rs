@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::{
-    candidate::Candidate::{self, Crun, GoCrun, GoRunc, Ours},
+    candidate::Candidate::{self, Crun, GoCrun, GoRunc, Lxc, Ours, OursLxc},
     results::{Metric, Results},
 };
 
@@ -155,6 +155,28 @@ pub(crate) fn evaluate(results: &Results) -> Vec<Target> {
         ratio(Metric::BurstMemory, GoCrun),
         0.2,
         "×",
+        false,
+    );
+    let of_lxc = |metric| median(metric, OursLxc).zip(median(metric, Lxc));
+    add(
+        "LXC: create to output ≤ 1.3 × lxc-execute".into(),
+        of_lxc(Metric::CreateToOutput).map(|(ours, bare)| ours / bare),
+        1.3,
+        "×",
+        false,
+    );
+    add(
+        "LXC: exec ≤ lxc-attach + 3 ms".into(),
+        of_lxc(Metric::Exec).map(|(ours, bare)| ours - bare),
+        3.0,
+        "ms",
+        false,
+    );
+    add(
+        "LXC: each further container ≤ 3 MiB".into(),
+        median(Metric::PerContainer, OursLxc).map(|kib| kib / 1024.0),
+        3.0,
+        "MiB",
         false,
     );
     targets
