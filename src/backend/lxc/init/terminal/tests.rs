@@ -232,6 +232,8 @@ fn a_controlling_terminal_is_stdio_and_hangs_up_its_session() {
     // SAFETY: the child of this single-threaded test only makes system calls.
     unsafe {
         std::os::unix::process::CommandExt::pre_exec(&mut command, move || {
+            // Who runs the tests under nohup ignores it, and so would the child.
+            nix::sys::signal::signal(nix::sys::signal::Signal::SIGHUP, nix::sys::signal::SigHandler::SigDfl)?;
             let slave = again
                 .lock()
                 .ok()
