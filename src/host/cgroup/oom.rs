@@ -18,12 +18,48 @@ use crate::error::{Error, Result};
 /// 1, 2, 4, … 1024 ms. (Every cgroup below the one at its limit rings too; for those nothing follows.)
 const LOOKS_AFTER_RING: u32 = 11;
 
-/// Watches a container's cgroup for OOM kills. Holds descriptors only: two on v2, one on v1.
+/// Watches a container's cgroup for OOM kills. Holds descriptors only: three on v2, one on v1.
 #[derive(Debug)]
 pub struct OomWatch {
     source: Source,
     /// The kernel's count of kills that were reported.
     reported: u64,
+    /// On v2, the cgroup around the container's.
+    around: Option<Around>,
+}
+
+/// The `memory.events` of the cgroup around a container's, which counts the container's kills too, and those of its neighbours.
+///
+/// systemd removes a scope as soon as the last process has left it, and the count goes along, perhaps before anybody has looked. What
+/// this one has gained since the last look at both was the container's then.
+#[derive(Debug)]
+struct Around {
+    memory: Changes,
+    seen: u64,
+}
+
+impl Around {
+    fn of(memory_events: &Path) -> Option<Self> {
+        let folder = memory_events.parent()?.parent()?;
+        // The root has none, and a folder that is no cgroup neither.
+        let memory = Changes::open(&folder.join("memory.events")).ok()?;
+        let seen = kills_in(&memory)?;
+        Some(Self { memory, seen })
+    }
+
+    /// Whether there were more kills since the last look.
+    fn grew(&mut self) -> bool {
+        let Some(kills) = kills_in(&self.memory) else {
+            return false;
+        };
+        let more = kills > self.seen;
+        self.seen = kills;
+        more
+    }
+}
+
+fn kills_in(memory_events: &Changes) -> Option<u64> {
+    Keyed::parse(&memory_events.read().ok()?).get("oom_kill")
 }
 
 #[derive(Debug)]
@@ -77,9 +113,14 @@ fn no_memory(folder: &Path) -> Error {
 
 impl OomWatch {
     pub(super) fn v2(memory_events: &Path, cgroup_events: &Path) -> io::Result<Self> {
-        Self::new(Source::V2 {
+        let around = Around::of(memory_events);
+        let source = Source::V2 {
             memory: Changes::open(memory_events)?,
             events: Changes::open(cgroup_events)?,
+        };
+        Ok(Self {
+            around,
+            ..Self::new(source)?
         })
     }
 
@@ -106,7 +147,11 @@ impl OomWatch {
 
     fn new(source: Source) -> io::Result<Self> {
         let reported = source.kills().unwrap_or_default();
-        Ok(Self { source, reported })
+        Ok(Self {
+            source,
+            reported,
+            around: None,
+        })
     }
 
     /// Whether the kernel has killed for want of memory since the last report (or since the watch began); reports it, so that
@@ -121,12 +166,20 @@ impl OomWatch {
             // Without a counter a ring is all there is; the removal of the cgroup rings as well.
             return self.source.is_alive() && bell.get_ref().read().is_ok_and(|rings| rings > 0);
         }
+        // Before the look at the container's own count: what comes between the two is seen by the next look.
+        let around = self.around.as_ref().and_then(|around| kills_in(&around.memory));
         let Some(kills) = self.source.kills() else {
-            return false;
+            return self.around.as_mut().is_some_and(Around::grew);
         };
         let more = kills > self.reported;
         // It falls when a sub-cgroup of v1 goes, with its own count.
         self.reported = kills;
+        if let (Some(around), Some(seen)) = (&mut self.around, around) {
+            around.seen = seen;
+            if more {
+                around.grew();
+            }
+        }
         more
     }
 
@@ -148,10 +201,19 @@ impl OomWatch {
             if !alive {
                 return Ok(false);
             }
-            self.source.ring().await.map_err(|e| {
+            self.source.ring(self.around.as_ref()).await.map_err(|e| {
                 Error::new(crate::error::kind_of_io(&e), "cannot wait for OOM kills of a cgroup").with_source(e)
             })?;
         }
+    }
+}
+
+/// Waits until the cgroup around the container's has something to tell; for ever where there is none. It is not gone before the
+/// container's own.
+async fn neighbours(around: Option<&Around>) -> io::Result<()> {
+    match around {
+        Some(around) => around.memory.changed().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -160,7 +222,7 @@ impl Source {
     fn kills(&self) -> Option<u64> {
         match self {
             // Counts the whole subtree, unless cgroup2 is mounted with memory_localevents.
-            Self::V2 { memory, .. } => Keyed::parse(&memory.read().ok()?).get("oom_kill"),
+            Self::V2 { memory, .. } => kills_in(memory),
             Self::V1 { folder, .. } => {
                 let mut sum: Option<u64> = None;
                 // Each v1 cgroup counts its own processes only.
@@ -186,11 +248,13 @@ impl Source {
     }
 
     /// Waits until a look may be worth while.
-    async fn ring(&mut self) -> io::Result<()> {
+    async fn ring(&mut self, around: Option<&Around>) -> io::Result<()> {
         match self {
             Self::V2 { memory, events } => tokio::select! {
                 rung = memory.changed() => rung,
                 rung = events.changed() => rung,
+                // A kill among the neighbours, which is to be seen before the container's own count may go.
+                rung = neighbours(around) => rung,
             },
             Self::V1 {
                 bell,

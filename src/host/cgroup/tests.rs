@@ -1149,6 +1149,39 @@ async fn on_v2_the_kills_are_counted_not_the_ooms() {
 }
 
 #[tokio::test]
+async fn on_v2_a_kill_is_known_when_the_cgroup_went_before_anybody_looked() {
+    let kills = |kills: u32| format!("oom {kills}\noom_kill {kills}\n");
+    let slice = tempfile::tempdir().unwrap();
+    let scope = slice.path().join("a.scope");
+    fs::create_dir(&scope).unwrap();
+    let (around, own) = (slice.path().join("memory.events"), scope.join("memory.events"));
+    fs::write(&around, kills(7)).unwrap();
+    fs::write(&own, kills(0)).unwrap();
+    fs::write(scope.join("cgroup.events"), "populated 1\n").unwrap();
+    let watch = || OomWatch::v2(&own, &scope.join("cgroup.events")).unwrap();
+    // What a removed file has to say.
+    let gone = || fs::write(&own, "").unwrap();
+    let mut killed = watch();
+    let mut survivor = watch();
+    // A neighbour's, in time.
+    fs::write(&around, kills(8)).unwrap();
+    assert!(!killed.check() && !survivor.check());
+    gone();
+    assert!(!survivor.check());
+    fs::write(&around, kills(9)).unwrap();
+    assert!(killed.check());
+    assert!(!killed.check());
+    // One that was seen is not told again.
+    fs::write(&own, kills(0)).unwrap();
+    let mut told = watch();
+    fs::write(&own, kills(1)).unwrap();
+    fs::write(&around, kills(10)).unwrap();
+    assert!(told.check());
+    gone();
+    assert!(!told.check());
+}
+
+#[tokio::test]
 async fn on_v2_the_watch_ends_with_the_last_process() {
     let guard = Guard::v2();
     let process = guard.spawn("read x");
