@@ -47,10 +47,9 @@ use serde_json::json;
 use support::{
     backend,
     leaks::LXC_PATH,
-    patience::pause,
     pod::{
-        BOUND, Bundle, Daemon, FOREVER, Io, NAMESPACE, Pod, SHIM, Start, WHOLE, appears, busybox, cgroup_v2,
-        delete_dead, deleted, options, process, refused, run_shim, shell, until,
+        Bundle, Daemon, FOREVER, Io, NAMESPACE, Pod, SHIM, Start, WHOLE, appears, busybox, cgroup_v2, delete_dead,
+        deleted, options, process, refused, run_shim, shell, until, until_told,
     },
     universe,
 };
@@ -606,12 +605,10 @@ fn the_state_agrees_with_the_kernel_after_the_monitor_was_killed() {
         send(monitor, libc::SIGKILL);
         until("the monitor's end", || (!lives(monitor)).then_some(())).await;
         // Whether the container goes on is LXC's affair; what contradicts the kernel is an end that is not told yet.
-        let agree = async {
-            while (pod.status("a").await == Status::RUNNING) != lives(pid) {
-                tokio::time::sleep(pause()).await;
-            }
-        };
-        tokio::time::timeout(*BOUND, agree).await.unwrap();
+        until_told("state and kernel agree", async || {
+            ((pod.status("a").await == Status::RUNNING) == lives(pid)).then_some(())
+        })
+        .await;
         if lives(pid) {
             assert_eq!(pod.pids("a").await.unwrap().into_keys().collect::<Vec<_>>(), [pid]);
             pod.kill("a", "", libc::SIGKILL, false).await.unwrap();
@@ -978,19 +975,15 @@ fn a_debian_with_systemd_boots_manages_its_cgroup_and_is_halted() {
 
 /// Waits until systemd says that all is started.
 async fn boots(pod: &Pod, a: &Bundle) {
-    let end = tokio::time::Instant::now() + *BOUND;
     let mut number = 0;
-    loop {
+    until_told("systemd has booted", async || {
         number += 1;
         let exec = format!("boots{number}");
         let (_, state) = says(pod, a, &exec, &["systemctl", "is-system-running", "--wait"]).await;
-        match state.trim() {
-            "running" | "degraded" => return,
-            // It does not listen yet.
-            _ => assert!(tokio::time::Instant::now() < end, "not booted: {state:?}"),
-        }
-        tokio::time::sleep(pause()).await;
-    }
+        // Anything else: it does not listen yet.
+        matches!(state.trim(), "running" | "degraded").then_some(())
+    })
+    .await;
 }
 
 // ---- what is missing ---------------------------------------------------------------------------------------------------------------
@@ -1181,12 +1174,10 @@ fn an_exec_that_was_given_up_never_becomes_its_program() {
         assert_eq!(refusal.code, Code::DEADLINE_EXCEEDED, "{}", refusal.text);
         // Whoever waits may go on.
         drop(gate);
-        let alone = async {
-            while pod.pids("a").await.unwrap().into_keys().collect::<Vec<_>>() != [pid] {
-                tokio::time::sleep(pause()).await;
-            }
-        };
-        tokio::time::timeout(*BOUND, alone).await.unwrap();
+        until_told("init is alone", async || {
+            (pod.pids("a").await.unwrap().into_keys().collect::<Vec<_>>() == [pid]).then_some(())
+        })
+        .await;
         assert!(!a.path.join("upper/ran").exists(), "it ran");
         pod.end("a").await;
         pod.shutdown().await;

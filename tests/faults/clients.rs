@@ -14,7 +14,7 @@ use crate::{
         leaks,
         pod::{Io, Pod, SHIM, Start, process, refused},
     },
-    until,
+    until, until_told,
 };
 
 /// A deadline that passes while the call is held.
@@ -83,10 +83,7 @@ fn a_create_that_nobody_waits_for_and_fails_leaves_nothing() {
             let request = pod.create_request(&a, &Io::none());
             let held = given_up!(pod, gate, leaving, "Create", api::CreateTaskResponse, request);
             drop(held);
-            let gone = async || pod.state("a", "").await.is_err();
-            while !gone().await {
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
+            until_told("the task is gone", async || pod.state("a", "").await.err()).await;
             pod.shutdown().await;
             daemon.assert_nothing_left();
             stub.heal();

@@ -42,7 +42,7 @@ use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
 use support::{
     backend,
-    pod::{Bundle, Daemon, FOREVER, Io, Pod, WHOLE, appears, options, shell, until},
+    pod::{Bundle, Daemon, FOREVER, Io, Pod, WHOLE, appears, options, shell, until, until_told},
     universe,
 };
 

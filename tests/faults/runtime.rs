@@ -1,6 +1,6 @@
 //! A runtime program that is missing, hangs, lies, or takes its time.
 
-use std::{fs, process::Command, time::Duration};
+use std::{fs, process::Command};
 
 use containerd_shim_protos::{api::Status, ttrpc::Code};
 
@@ -10,7 +10,7 @@ use crate::{
         backend::own_processes,
         pod::{Bundle, Daemon, Io, Pod, process, refused},
     },
-    until,
+    until, until_told,
 };
 
 /// The bound of a call in these tests; the least that can be set.
@@ -183,15 +183,12 @@ fn an_exec_that_hangs_leaves_no_process_and_can_be_started_again() {
             let answer = pod.start_process("a", exec).await;
             refused(answer, Code::DEADLINE_EXCEEDED, "crun did not end within 1000 ms");
             assert_eq!(pod.state("a", exec).await.unwrap().status, Status::CREATED.into());
-            let pids = async || pod.pids("a").await.unwrap();
             // A killed process is counted until it is reaped.
-            for _ in 0..10_000 {
-                if pids().await.len() == 1 {
-                    break;
-                }
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-            assert_eq!(pids().await.into_keys().collect::<Vec<_>>(), [init]);
+            let left = until_told("one process is left", async || {
+                Some(pod.pids("a").await.unwrap()).filter(|pids| pids.len() == 1)
+            })
+            .await;
+            assert_eq!(left.into_keys().collect::<Vec<_>>(), [init]);
             stub.heal();
             pod.start_process("a", exec).await.unwrap();
             pod.kill("a", exec, libc::SIGKILL, false).await.unwrap();

@@ -929,6 +929,22 @@ pub(crate) async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) ->
     }
 }
 
+/// As [`until`], for what only an RPC tells.
+pub(crate) async fn until_told<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+    let asked = async {
+        loop {
+            if let Some(told) = ask().await {
+                return told;
+            }
+            tokio::time::sleep(pause()).await;
+        }
+    };
+    match tokio::time::timeout(*BOUND, asked).await {
+        Ok(told) => told,
+        Err(_) => panic!("never happened: {what}"),
+    }
+}
+
 /// Waits until a file is there.
 pub(crate) async fn appears(path: &Path) {
     until(&path.display().to_string(), || path.exists().then_some(())).await;
