@@ -19,7 +19,6 @@ use std::{
 };
 
 use async_trait::async_trait;
-use nix::{errno::Errno, sys::memfd::MFdFlags};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -30,6 +29,7 @@ use crate::{
     host::{
         cgroup::Cgroup,
         command::{Command, Output, Pidfd, Reaper, end, identity, is_alive},
+        memory_file,
     },
     task::{
         bundle::Bundle,
@@ -422,15 +422,7 @@ struct Scratch(File);
 
 impl Scratch {
     fn new(content: &[u8]) -> Result<Self> {
-        let make = |more| nix::sys::memfd::memfd_create(c"proxmox-lxcri", MFdFlags::MFD_CLOEXEC | more);
-        // Hardened kernels (vm.memfd_noexec=2) demand the flag, those before 6.3 refuse it.
-        let file = match make(MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL)) {
-            Err(Errno::EINVAL) => make(MFdFlags::empty()),
-            made => made,
-        };
-        let file = File::from(file.context(|| "cannot make a file in memory")?);
-        file.write_all_at(content, 0).context(|| "cannot write to memory")?;
-        Ok(Self(file))
+        memory_file(content).map(Self)
     }
 
     fn path(&self) -> PathBuf {

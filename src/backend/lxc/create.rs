@@ -1,7 +1,11 @@
 //! Create: from a bundle to an init that waits for Start.
 
 use std::{
-    os::fd::{AsFd, OwnedFd},
+    fs::File,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::FileExt,
+    },
     path::Path,
     sync::{Arc, Mutex, OnceLock, atomic::Ordering},
 };
@@ -9,7 +13,7 @@ use std::{
 use tokio::sync::{Notify, watch};
 
 use super::{
-    INNER, KILL_TIMEOUT, Live, Lxc,
+    INNER, KILL_TIMEOUT, LOG_MAX_BYTES, Live, Lxc,
     attend::{Monitor, Told, attend, exit_of, heard},
     blocking,
     blueprint::{self, Blueprint, Choices},
@@ -17,7 +21,7 @@ use super::{
     config::{Layout, Place},
     folder::{self, Folder, Owner},
     helper, layout, limit, monitor,
-    order::{Scratch, agent, order},
+    order::{agent, order},
     system::Init,
     undo::Poststop,
     wire::{self, Connection, FromInit, ToInit},
@@ -28,7 +32,7 @@ use crate::{
     host::{
         cgroup::{self, Cgroup},
         command::{self, Child, Command, Pidfd, identity},
-        systemd,
+        memory_file, systemd,
     },
     task::{bundle::Bundle, record::Record},
 };
@@ -70,7 +74,7 @@ impl Lxc {
         folder.mark(&mark)?;
 
         let answer = self.hello(&connection, &monitor, monitor_pid).await;
-        let (pid, process, adopted) = answer.map_err(|e| log.1.explain(e))?;
+        let (pid, process, adopted) = answer.map_err(|e| explain(&log.1, e))?;
         let live = Arc::new(Live {
             init: connection,
             monitor: monitor.clone(),
@@ -177,10 +181,10 @@ impl Lxc {
         rec: &Record,
         helper: &Path,
         boot: OwnedFd,
-    ) -> Result<(Child, Arc<Monitor>, (Connection, Scratch))> {
+    ) -> Result<(Child, Arc<Monitor>, (Connection, File))> {
         let (ours, theirs) = wire::pair()?;
         let ours = Connection::new(ours)?;
-        let log = Scratch::new(&[])?;
+        let log = memory_file(&[])?;
         // Not by its path, where a newer one may have been installed.
         let mut command = Command::new("/proc/self/exe")
             .env_clear()
@@ -193,10 +197,7 @@ impl Lxc {
             .fd(monitor::SHIM_FD, theirs)
             .fd(
                 monitor::LOG_FD,
-                log.0
-                    .try_clone()
-                    .context(|| "cannot open a file in memory again")?
-                    .into(),
+                log.try_clone().context(|| "cannot open a file in memory again")?.into(),
             )
             .die_with_parent()
             .process_group();
@@ -281,4 +282,18 @@ pub(super) async fn enter_scope(rec: &Record, init: u32) -> Result<()> {
     // Its own error tells more than that of the whole create.
     let bound = bound_of(rec) / 2;
     blocking(move || systemd::start_scope(&unit, &slice, &description, &[init], bound)).await
+}
+
+/// An error with what LXC has written about it.
+fn explain(log: &File, error: Error) -> Error {
+    let mut text = vec![0; LOG_MAX_BYTES];
+    let read = log.read_at(&mut text, 0).unwrap_or(0);
+    text.truncate(read);
+    let text = String::from_utf8_lossy(&text);
+    // "lxc c1 20261126… ERROR    start - ../src/lxc/start.c:…:function:123 - Reason"
+    let reasons: Vec<&str> = text.lines().filter_map(|line| line.splitn(3, " - ").nth(2)).collect();
+    match reasons.is_empty() {
+        true => error,
+        false => Error::new(error.kind(), format!("{error}: {}", reasons.join("; "))),
+    }
 }

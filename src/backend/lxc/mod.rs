@@ -50,7 +50,7 @@ use self::{
     config::Layout,
     folder::{Folder, Owner},
     init::{hooks::Hook, process::Process},
-    order::{Scratch, constrain},
+    order::constrain,
     system::Init,
     undo::Poststop,
     wire::{Connection, FromInit, ToInit},
@@ -61,7 +61,7 @@ use crate::{
     host::{
         cgroup::{self, Cgroup},
         command::{Command, Reaper, is_alive},
-        systemd,
+        memory_file, systemd,
     },
     task::{bundle::Bundle, record::Record},
 };
@@ -76,7 +76,7 @@ const HELPER: &str = "proxmox-lxcri-init";
 const INNER: &str = "ns";
 
 /// What of LXC's log goes into an error.
-const LOG_MAX_BYTES: u64 = 4096;
+const LOG_MAX_BYTES: usize = 4096;
 
 /// See the module.
 pub struct Lxc {
@@ -134,7 +134,7 @@ impl Lxc {
     /// Runs hooks on the host, one after the other; one that sets no bound itself has `bound`.
     async fn run_hooks(&self, hooks: &[Hook], state: &str, rec: &Record, bound: Duration) -> Result<()> {
         for hook in hooks {
-            let stdin = Scratch::new(state.as_bytes())?;
+            let stdin = memory_file(state.as_bytes())?;
             let mut command = Command::new(&hook.path)
                 .arg0(
                     hook.args
@@ -144,7 +144,7 @@ impl Lxc {
                 .args(hook.args.iter().skip(1))
                 .env_clear()
                 .cwd(&rec.bundle)
-                .stdin(stdin.0.into());
+                .stdin(stdin.into());
             for variable in &hook.env {
                 let (key, value) = variable.split_once('=').unwrap_or((variable, ""));
                 command = command.env(key, value);

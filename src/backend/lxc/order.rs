@@ -4,21 +4,21 @@ use std::{
     fs::File,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::{fs::FileExt, net::UnixStream},
+        unix::net::UnixStream,
     },
 };
 
-use nix::{errno::Errno, sys::memfd::MFdFlags};
 use serde::Serialize;
 
 use super::{
-    LOG_MAX_BYTES, blocking, gone_is_fine,
+    blocking, gone_is_fine,
     init::{self, Order, process::Process},
     wire::{self, Connection, ToInit},
 };
 use crate::{
     backend::ChildIo,
     error::{Context, Error, Result},
+    host::memory_file,
 };
 
 /// Sends what is to be done, and what with.
@@ -67,7 +67,7 @@ pub(super) async fn order<P: Serialize>(
         has_agent,
     })
     .map_err(|e| Error::unknown("cannot encode the plan").with_source(e))?;
-    fds.insert(0, Scratch::new(&document)?.0.into());
+    fds.insert(0, memory_file(&document)?.into());
     let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
     let mut message = ToInit::Plan { fds: fds.len() };
     for chunk in borrowed.chunks(wire::PACKET_MAX_FDS) {
@@ -104,35 +104,4 @@ pub(super) async fn constrain(process: Process, pid: u32) -> Result<()> {
         process.constrain(proc.as_fd(), pid)
     })
     .await
-}
-
-/// A file in memory.
-pub(super) struct Scratch(pub(super) File);
-
-impl Scratch {
-    pub(super) fn new(content: &[u8]) -> Result<Self> {
-        let make = |more| nix::sys::memfd::memfd_create(c"proxmox-lxcri", MFdFlags::MFD_CLOEXEC | more);
-        // Hardened kernels (vm.memfd_noexec=2) demand the flag, those before 6.3 refuse it.
-        let file = match make(MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL)) {
-            Err(Errno::EINVAL) => make(MFdFlags::empty()),
-            made => made,
-        };
-        let file = File::from(file.context(|| "cannot make a file in memory")?);
-        file.write_all_at(content, 0).context(|| "cannot write to memory")?;
-        Ok(Self(file))
-    }
-
-    /// An error with what LXC has written about it.
-    pub(super) fn explain(&self, error: Error) -> Error {
-        let mut text = vec![0; LOG_MAX_BYTES as usize];
-        let read = self.0.read_at(&mut text, 0).unwrap_or(0);
-        text.truncate(read);
-        let text = String::from_utf8_lossy(&text);
-        // "lxc c1 20261126… ERROR    start - ../src/lxc/start.c:…:function:123 - Reason"
-        let reasons: Vec<&str> = text.lines().filter_map(|line| line.splitn(3, " - ").nth(2)).collect();
-        match reasons.is_empty() {
-            true => error,
-            false => Error::new(error.kind(), format!("{error}: {}", reasons.join("; "))),
-        }
-    }
 }

@@ -11,25 +11,23 @@
 //! action.
 
 use std::{
-    ffi::{CStr, CString, c_char, c_int, c_uint, c_void},
-    fs::File,
+    ffi::{CString, c_char, c_int, c_uint, c_void},
     io::{self, Read, Seek},
     os::fd::{AsRawFd, RawFd},
     path::PathBuf,
     ptr::NonNull,
 };
 
-use nix::{
-    errno::Errno,
-    sys::memfd::{MFdFlags, memfd_create},
-};
 use oci_spec::runtime::{
     Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSyscall,
 };
 use serde::{Deserialize, Serialize};
 
 use super::dynamic;
-use crate::error::{Context, Error, Kind, Result};
+use crate::{
+    error::{Context, Error, Kind, Result},
+    host::memory_file,
+};
 
 const LIBRARY: &str = "libseccomp.so.2";
 const PACKAGE: &str = "libseccomp2";
@@ -484,7 +482,8 @@ impl<'a> Database<'a> {
     }
 
     fn export(&self) -> Result<Vec<u8>> {
-        let mut file = memory(c"linux.seccomp")?;
+        // libseccomp before 2.6 exports to nothing but a descriptor, and a pipe would block on a long program.
+        let mut file = memory_file(&[])?;
         let fd: RawFd = file.as_raw_fd();
         // SAFETY: the context is valid as long as `self`, the descriptor as long as `file`.
         let code = unsafe { (self.library.export_bpf)(self.context.as_ptr(), fd) };
@@ -516,17 +515,6 @@ fn refused(code: c_int, message: String) -> Error {
         _ => Kind::Unknown,
     };
     Error::new(kind, message).with_source(io::Error::from_raw_os_error(-code))
-}
-
-/// A file in memory, because libseccomp before 2.6 exports to nothing but a descriptor, and a pipe would block on a long program.
-pub(super) fn memory(name: &CStr) -> Result<File> {
-    let make = |more| memfd_create(name, MFdFlags::MFD_CLOEXEC | more);
-    // Hardened kernels (vm.memfd_noexec=2) demand the flag, those before 6.3 refuse it.
-    let file = match make(MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL)) {
-        Err(Errno::EINVAL) => make(MFdFlags::empty()),
-        made => made,
-    };
-    Ok(file.context(|| "cannot make a file in memory")?.into())
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     ffi::OsString,
     fs::File,
-    io::{self, Read, Seek, Write},
+    io::{self, Read},
     os::{
         fd::{AsFd, FromRawFd, OwnedFd},
         unix::process::{CommandExt, ExitStatusExt},
@@ -29,8 +29,8 @@ use serde_json::json;
 
 use super::seal_descriptors;
 use crate::{
-    backend::lxc::seccomp::memory,
     error::{Context, Error, Kind, Result},
+    host::memory_file,
 };
 
 /// The version of the runtime-spec that the states of this crate comply with.
@@ -140,9 +140,7 @@ impl Hook {
 
     fn spawn(&self, state: &str) -> io::Result<Child> {
         // A file: nobody has to write while the hook reads, or does not, or has gone.
-        let mut stdin = memory(c"state").map_err(io::Error::other)?;
-        stdin.write_all(state.as_bytes())?;
-        stdin.rewind()?;
+        let stdin = memory_file(state.as_bytes()).map_err(io::Error::other)?;
         let (argv0, args) = match self.args.split_first() {
             Some((argv0, args)) => (OsString::from(argv0), args),
             None => (self.path.clone().into(), [].as_slice()),
