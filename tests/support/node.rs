@@ -654,13 +654,14 @@ fn configuration(cri: bool, runtime: &Runtime) -> String {
         "zfs" => "",
         _ => "\"io.containerd.snapshotter.v1.zfs\", ",
     };
+    // Snapshotters that nobody asked for make their folders as soon as the kernel has their file system.
     format!(
         r#"version = 2
 root = "{FOLDER}/root"
 state = "{FOLDER}/state"
 temp = "{FOLDER}/tmp"
 disabled_plugins = [{disabled}"io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
-    "io.containerd.snapshotter.v1.devmapper", {others}"io.containerd.tracing.processor.v1.otlp"]
+    "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.erofs", {others}"io.containerd.tracing.processor.v1.otlp"]
 [grpc]
 address = "{FOLDER}/c.sock"
 [debug]
