@@ -3,7 +3,7 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = ["proto/options.proto", "proto/runtimeoptions.proto"];
     // liblxc is to find them in the program before it looks into libc; see src/backend/lxc/monitor.rs.
-    for symbol in ["waitpid", "accept", "accept4", "execvp"] {
+    for symbol in ["waitpid", "accept", "accept4", "execvp", "mount"] {
         println!("cargo:rustc-link-arg-bin=containerd-shim-proxmox-lxcri-v1=-Wl,--export-dynamic-symbol={symbol}");
     }
     for file in files {

@@ -22,6 +22,7 @@ export!("waitpid", proxmox_lxcri::backend::lxc::monitor::waitpid);
 export!("accept", proxmox_lxcri::backend::lxc::monitor::accept);
 export!("execvp", proxmox_lxcri::backend::lxc::monitor::execvp);
 export!("accept4", proxmox_lxcri::backend::lxc::monitor::accept4);
+export!("mount", proxmox_lxcri::backend::lxc::monitor::mount);
 
 fn main() -> ExitCode {
     proxmox_lxcri::shim::main(std::env::args_os().skip(1))

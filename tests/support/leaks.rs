@@ -138,7 +138,13 @@ fn stock(ignored: &[PathBuf]) -> BTreeSet<String> {
             // Its options belong to the machine, not to a mount: the last one to mount it anywhere sets them, and CRIU does.
             kind = "cgroup2";
         }
-        found.insert(format!("mount {target} ({kind})"));
+        // Whoever made it private would cut the machine's other namespaces off from it.
+        let shared = if fields.any(|field| field.starts_with("shared:")) {
+            ", shared"
+        } else {
+            ""
+        };
+        found.insert(format!("mount {target} ({kind}{shared})"));
     }
     for cgroup in universe::cgroups_named(&universe::token()) {
         found.insert(format!("cgroup {}", cgroup.display()));

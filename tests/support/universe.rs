@@ -110,6 +110,8 @@ fn leave_the_machine() -> Result<(), String> {
         Some("proc"),
         libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
     )?;
+    // As systemd has it on every machine of its own.
+    mount(None, "/", None, libc::MS_REC | libc::MS_SHARED)?;
     raise_loopback()?;
     let (mut moved, moves) = io::pipe().map_err(|e| format!("pipe: {e}"))?;
     // SAFETY: the process has one thread.

@@ -16,6 +16,10 @@
 //! liblxc executes init by its path. The program's own `execvp` takes the descriptor instead that the shim has of the helper: a read-only
 //! mount (see [`super::init`]) of the very file that belongs to this shim, also when a newer one has been installed meanwhile.
 //!
+//! Before it makes the container, liblxc makes every mount that it sees a slave, because it is told of no root file system: the mounts of
+//! the host, which would tell no other namespace any more of what is mounted and unmounted. So `mount` is the program's own too, and does
+//! not do that in the monitor.
+//!
 //! A reboot(2) in a pid namespace ends init with SIGHUP, and liblxc would start the container again, behind everybody's back. It is told
 //! SIGINT instead, the halt; the shim hears the truth.
 
@@ -112,6 +116,8 @@ struct Log {
 
 /// The connection to the shim, once this process is a monitor.
 static SHIM: AtomicI32 = AtomicI32::new(-1);
+/// The pid of this process, once it is a monitor. A child of its has another one, in the same pid namespace too.
+static MONITOR: AtomicI32 = AtomicI32::new(-1);
 
 /// Runs the monitor to the container's end. `args` are those after [`ACTION`].
 ///
@@ -183,6 +189,7 @@ fn run(args: &[OsString]) -> Result<()> {
         return Err(Error::unknown(format!("liblxc {version} lacks functions")));
     };
     SHIM.store(SHIM_FD, Ordering::Relaxed);
+    MONITOR.store(nix::unistd::getpid().as_raw(), Ordering::Relaxed);
     let argv = [helper.as_ptr(), init::INIT.as_ptr(), name.as_ptr(), ptr::null()];
     // SAFETY: the functions are those of this container; argv is a null-terminated array of C strings that outlives the call.
     let started = unsafe { want_daemonize(container, false) && start(container, 0, argv.as_ptr()) };
@@ -426,6 +433,26 @@ pub unsafe extern "C" fn execvp(file: *const c_char, argv: *const *const c_char)
     }
     // SAFETY: the caller's promise; `environ` is libc's.
     unsafe { libc::execvpe(file, argv, environ) }
+}
+
+/// The `mount` of the shim's program; the program exports it under that name.
+///
+/// # Safety
+/// As mount(2): all pointers are null or C strings; `data` is what the file system takes.
+pub unsafe extern "C" fn mount(
+    source: *const c_char,
+    target: *const c_char,
+    kind: *const c_char,
+    flags: libc::c_ulong,
+    data: *const c_void,
+) -> c_int {
+    let propagation = libc::MS_SHARED | libc::MS_PRIVATE | libc::MS_SLAVE | libc::MS_UNBINDABLE;
+    // Init, a child, has its mounts for itself.
+    if flags & propagation != 0 && MONITOR.load(Ordering::Relaxed) == nix::unistd::getpid().as_raw() {
+        return 0;
+    }
+    // SAFETY: the caller's promise.
+    unsafe { libc::syscall(libc::SYS_mount, source, target, kind, flags, data) as c_int }
 }
 
 #[cfg(test)]
