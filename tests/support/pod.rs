@@ -814,7 +814,17 @@ impl Pod {
 
     /// Shutdown; the shim must be gone afterwards. Returns its log.
     pub(crate) async fn shutdown(self) -> String {
-        let pidfd = pidfd(self.pid);
+        let pidfd = self.pidfd();
+        self.shutdown_of(pidfd).await
+    }
+
+    /// The shim, which has to live.
+    pub(crate) fn pidfd(&self) -> std::os::fd::OwnedFd {
+        pidfd(self.pid)
+    }
+
+    /// As [`Pod::shutdown`], of a shim that may have ended already; `pidfd` was taken when it lived.
+    pub(crate) async fn shutdown_of(self, pidfd: std::os::fd::OwnedFd) -> String {
         // It may be gone before its answer is written.
         let _ = self
             .call::<_, api::Empty>("Shutdown", &api::ShutdownRequest::default())
@@ -825,7 +835,7 @@ impl Pod {
 
     /// Kills the shim as nobody expects it, and waits until it is gone.
     pub(crate) async fn dies(self) -> String {
-        let pidfd = pidfd(self.pid);
+        let pidfd = self.pidfd();
         nix::sys::signal::kill(
             nix::unistd::Pid::from_raw(self.pid.cast_signed()),
             nix::sys::signal::SIGKILL,

@@ -1,0 +1,126 @@
+//! kill -9 at each step of a container's life: a tracer sends it in the place of a system call.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use super::{
+    lxc,
+    support::{
+        patience::patience,
+        pod::{Answer, Bundle, Daemon, Io, Pod, delete_dead, options, process, until},
+    },
+};
+
+/// System calls that change the world, or tell somebody that it was changed, as strace names them; not every architecture has each.
+const STEPS: &str = "?mkdir,?mkdirat,?rmdir,?rename,?renameat,?renameat2,?unlink,?unlinkat,?symlinkat,?mknodat,?clone,?clone3,\
+    ?open_tree,?mount_setattr,?move_mount,?mount,?umount2,?pivot_root,?setns,?unshare,?sethostname,?sendmsg,?execve,?execveat,\
+    ?pidfd_send_signal,?kill";
+
+/// A tracer of a shim and of all that it starts.
+struct Killer {
+    strace: Child,
+    log: PathBuf,
+}
+
+impl Killer {
+    /// Whoever comes to its own `step`th of [`STEPS`] is sent SIGKILL there.
+    fn of(pod: &Pod, step: usize, log: PathBuf) -> Self {
+        let mut strace = Command::new("strace")
+            .args([
+                "-f",
+                "--quiet=attach,personality,thread-execve",
+                "-e",
+                "signal=KILL",
+                "-e",
+            ])
+            .arg(format!("trace={STEPS}"))
+            .arg("-e")
+            .arg(format!("inject={STEPS}:signal=SIGKILL:when={step}"))
+            .arg("-o")
+            .arg(&log)
+            .args(["-p", &pod.pid.to_string()])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let traced = format!("TracerPid:\t{}", strace.id());
+        let status = format!("/proc/{}/status", pod.pid);
+        while !fs::read_to_string(&status).unwrap().contains(&traced) {
+            assert!(strace.try_wait().unwrap().is_none(), "strace does not attach");
+            std::thread::yield_now();
+        }
+        Self { strace, log }
+    }
+
+    /// What was killed, once all that was traced has ended.
+    async fn killed(mut self) -> Vec<String> {
+        until("the tracer ends", || self.strace.try_wait().unwrap()).await;
+        let errors: Vec<_> = BufReader::new(self.strace.stderr.take().unwrap())
+            .lines()
+            .map(Result::unwrap)
+            .collect();
+        assert!(errors.is_empty(), "{errors:?}");
+        let log = fs::read_to_string(&self.log).unwrap();
+        let killed = log.lines().filter(|line| line.contains("killed by SIGKILL"));
+        killed.map(str::to_owned).collect()
+    }
+}
+
+/// A whole life, of a program that ends by itself, and of an exec.
+async fn lives_and_ends(pod: &Pod, a: &Bundle, io: &Io) -> Answer<()> {
+    pod.create(a, io).await?;
+    let stdin = io.open_stdin();
+    pod.start_process("a", "").await?;
+    pod.exec("a", "e1", &process(&["true"]), &Io::none()).await?;
+    pod.start_process("a", "e1").await?;
+    pod.wait("a", "e1").await?;
+    pod.delete("a", "e1").await?;
+    drop(stdin);
+    pod.close_stdin("a", "").await?;
+    pod.wait("a", "").await?;
+    pod.delete("a", "").await?;
+    Ok(())
+}
+
+/// One life, with a kill at `step`; whether anybody came to that step.
+async fn killed_at(daemon: &Daemon, step: usize) -> bool {
+    let a = daemon.bundle("a", &["cat"]);
+    let mut pod = Pod::start(daemon, &a).await;
+    // liblxc waits for ever for an init that was killed before it had said a word; the bound of a create ends that.
+    let bound = patience(4).as_millis();
+    pod.options = Some(options(&format!("backend = \"lxc\"\nruntime_timeout_ms = {bound}")));
+    let io = Io::fifos(&a.path, "init");
+    let killer = Killer::of(&pod, step, daemon.folder.join("strace"));
+    let (shim, pid) = (pod.pidfd(), pod.pid);
+    let lived = lives_and_ends(&pod, &a, &io).await;
+    if lived.is_err() {
+        let _ = pod.kill("a", "", libc::SIGKILL, true).await;
+        let _ = pod.delete("a", "").await;
+        assert!(pod.state("a", "").await.is_err(), "step {step}: {lived:?}");
+    }
+    pod.shutdown_of(shim).await;
+    let killed = killer.killed().await;
+    assert!(lived.is_ok() || !killed.is_empty(), "step {step}: {lived:?}");
+    if killed.iter().any(|line| line.starts_with(&format!("{pid} "))) {
+        delete_dead(daemon, &a).unwrap_or_else(|e| panic!("step {step}: {e}"));
+    }
+    daemon.assert_nothing_left();
+    fs::remove_dir_all(&a.path).unwrap();
+    !killed.is_empty()
+}
+
+#[test]
+fn whoever_is_killed_at_whatever_step_leaves_nothing() {
+    lxc(async |daemon| {
+        let mut step = 1;
+        while killed_at(daemon, step).await {
+            step += 1;
+        }
+        // A tracer that kills nobody would look as good.
+        assert!(step > 20, "only {step} steps");
+        assert!(Path::new(super::LXC_PATH).read_dir().unwrap().next().is_none());
+    });
+}

@@ -1,0 +1,290 @@
+//! System containers.
+
+use super::*;
+
+/// What containerd gives a container that asks for nothing.
+const CAPABILITIES: [&str; 14] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FSETID",
+    "CAP_FOWNER",
+    "CAP_MKNOD",
+    "CAP_NET_RAW",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETFCAP",
+    "CAP_SETPCAP",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SYS_CHROOT",
+    "CAP_KILL",
+    "CAP_AUDIT_WRITE",
+];
+
+/// As a client asks for a system: its init, containerd's capabilities and `more`, and a `/sys` that can only be read.
+fn as_a_system(a: &mut Bundle, more: &[&str]) {
+    let capabilities: Vec<&str> = CAPABILITIES.iter().chain(more).copied().collect();
+    for set in ["bounding", "effective", "permitted"] {
+        a.spec["process"]["capabilities"][set] = json!(capabilities);
+    }
+    let mounts = a.spec["mounts"].as_array_mut().unwrap();
+    let options = json!(["nosuid", "noexec", "nodev", "ro"]);
+    for (destination, kind) in [("/sys", "sysfs"), ("/sys/fs/cgroup", "cgroup")] {
+        mounts.push(json!({"destination": destination, "type": kind, "source": kind, "options": options}));
+    }
+}
+
+/// A container whose init is busybox's, with a line of what it does when the system ends.
+fn with_busybox_init(a: &mut Bundle, more: &[&str]) {
+    let upper = a.path.join("upper");
+    fs::create_dir_all(upper.join("sbin")).unwrap();
+    fs::create_dir_all(upper.join("etc")).unwrap();
+    std::os::unix::fs::symlink("../bin/busybox", upper.join("sbin/init")).unwrap();
+    let inittab = "::sysinit:/bin/sh -c 'echo up >/log'\n::respawn:/bin/sh -c 'touch /ready; exec sleep 100000'\n\
+                   ::shutdown:/bin/sh -c 'echo down >>/log'\n";
+    fs::write(upper.join("etc/inittab"), inittab).unwrap();
+    as_a_system(a, more);
+}
+
+/// What a program that is run by an exec prints, and how it ends.
+async fn says(pod: &Pod, a: &Bundle, exec: &str, args: &[&str]) -> (u32, String) {
+    let io = Io::fifos(&a.path, exec);
+    let stdout = io.read_stdout();
+    let mut spec = process(args);
+    spec["capabilities"] = a.spec["process"]["capabilities"].clone();
+    pod.exec(&a.id, exec, &spec, &io).await.unwrap();
+    pod.start_process(&a.id, exec).await.unwrap();
+    let status = pod.wait(&a.id, exec).await.unwrap();
+    let text = stdout.text().await;
+    pod.delete(&a.id, exec).await.unwrap();
+    (status, text)
+}
+
+#[test]
+fn a_system_is_ended_by_the_signal_of_its_init_and_its_execs_by_their_own() {
+    lxc(async |daemon| {
+        // Without CAP_SYS_BOOT init can only exit; with it the kernel tells what it has asked for (reboot(2)).
+        for (all, signal, more, status) in [
+            (false, libc::SIGTERM, &[][..], 0),
+            (
+                true,
+                libc::SIGTERM,
+                &["CAP_SYS_BOOT"],
+                128 + libc::SIGINT.cast_unsigned(),
+            ),
+            (
+                false,
+                libc::SIGPWR,
+                &["CAP_SYS_BOOT"],
+                128 + libc::SIGINT.cast_unsigned(),
+            ),
+            (false, libc::SIGUSR2, &[], 0),
+        ] {
+            let known = daemon.told().len();
+            let (pod, mut a) = pod(daemon, &["/sbin/init"]).await;
+            with_busybox_init(&mut a, more);
+            pod.run(&a, &Io::none()).await;
+            appears(&a.path.join("upper/ready")).await;
+            pod.exec("a", "e1", &process(&FOREVER), &Io::none()).await.unwrap();
+            pod.start_process("a", "e1").await.unwrap();
+            pod.kill("a", "e1", libc::SIGTERM, false).await.unwrap();
+            assert_eq!(pod.wait("a", "e1").await.unwrap(), 128 + libc::SIGTERM.cast_unsigned());
+            pod.kill("a", "", signal, all).await.unwrap();
+            assert_eq!(pod.wait("a", "").await.unwrap(), status, "{signal} {more:?}");
+            daemon.hears_after(known, &format!("exit a {status}")).await;
+            assert_eq!(fs::read_to_string(a.path.join("upper/log")).unwrap(), "up\ndown\n");
+            is_deleted_clean(daemon, pod, &a, status).await;
+            let told = exits(daemon, known);
+            assert_eq!(told, ["exit e1 143", &format!("exit a {status}"), "exit a 0"]);
+        }
+    });
+}
+
+#[test]
+fn a_system_that_does_not_end_by_itself_is_killed() {
+    lxc(async |daemon| {
+        let (pod, mut a) = pod(daemon, &["/sbin/init"]).await;
+        with_busybox_init(&mut a, &[]);
+        pod.run(&a, &Io::none()).await;
+        appears(&a.path.join("upper/ready")).await;
+        pod.kill("a", "", libc::SIGKILL, false).await.unwrap();
+        assert_eq!(pod.wait("a", "").await.unwrap(), 137);
+        assert_eq!(fs::read_to_string(a.path.join("upper/log")).unwrap(), "up\n");
+        is_deleted_clean(daemon, pod, &a, 137).await;
+    });
+}
+
+#[test]
+fn lxc_stop_ends_a_system_in_good_order() {
+    lxc(async |daemon| {
+        let (pod, mut a) = pod(daemon, &["/sbin/init"]).await;
+        with_busybox_init(&mut a, &[]);
+        pod.run(&a, &Io::none()).await;
+        appears(&a.path.join("upper/ready")).await;
+        tool("lxc-stop", &["-n", "a"]).await;
+        assert_eq!(pod.wait("a", "").await.unwrap(), 0);
+        assert_eq!(fs::read_to_string(a.path.join("upper/log")).unwrap(), "up\ndown\n");
+        is_deleted_clean(daemon, pod, &a, 0).await;
+    });
+}
+
+#[test]
+fn a_system_has_what_it_expects_and_an_application_that_is_called_so_has_not() {
+    lxc(async |daemon| {
+        let script = "tr '\\0' '\\n' </proc/1/environ | grep container=; awk '$2 == \"/run\" {print $3}' /proc/mounts; \
+                      for group in /sys/fs/cgroup /sys/fs/cgroup/*/; do mkdir ${group%/}/of-mine 2>/dev/null && echo ${group%/}; done; true";
+        for (is_system, program) in [(true, "/sbin/init"), (false, "/bin/init-of-an-application")] {
+            let (pod, mut a) = pod(daemon, &[program]).await;
+            with_busybox_init(&mut a, &[]);
+            let upper = a.path.join("upper");
+            fs::create_dir(upper.join("bin")).unwrap();
+            let application = upper.join("bin/init-of-an-application");
+            fs::write(&application, "#!/bin/sh\ntouch /ready\nexec sleep 100000\n").unwrap();
+            fs::set_permissions(&application, fs::Permissions::from_mode(0o755)).unwrap();
+            // A limit that must not be in reach of the container.
+            a.spec["linux"]["resources"]["pids"] = json!({"limit": 77});
+            let pid = pod.run(&a, &Io::none()).await;
+            appears(&upper.join("ready")).await;
+            let (status, text) = says(&pod, &a, "e1", &shell(script)).await;
+            assert_eq!(status, 0);
+            let own = match (is_system, cgroup_v2()) {
+                (false, _) => "",
+                (true, true) => "container=lxc\ntmpfs\n/sys/fs/cgroup\n",
+                (true, false) => "container=lxc\ntmpfs\n/sys/fs/cgroup\n/sys/fs/cgroup/systemd\n",
+            };
+            let top_of_v1 = text.replace("/sys/fs/cgroup/of-mine\n", "");
+            assert_eq!(top_of_v1, own, "{program}");
+            // The limits are where init is not.
+            let token = universe::token();
+            let limited: Vec<_> = universe::cgroups_named(&format!("{token}/a"))
+                .into_iter()
+                .filter(|cgroup| fs::read_to_string(cgroup.join("pids.max")).is_ok_and(|limit| limit == "77\n"))
+                .collect();
+            assert_eq!(limited.len(), 1, "{limited:?}");
+            let holds_init = universe::cgroups_with(&format!("{token}/a"), pid).contains(&limited[0]);
+            assert_eq!(holds_init, !(is_system && cgroup_v2()));
+            // The whole is what is asked about and acted upon.
+            let pids = pod.pids("a").await.unwrap();
+            assert!(pids.contains_key(&pid), "{pids:?}");
+            pod.pause("a").await.unwrap();
+            pod.resume("a").await.unwrap();
+            pod.end("a").await;
+            pod.shutdown().await;
+            daemon.assert_nothing_left();
+            fs::remove_dir_all(&a.path).unwrap();
+        }
+    });
+}
+
+/// The file by which Debian's systemd is known, on the machine of the tests.
+const SYSTEMD: &str = "/usr/lib/systemd/systemd";
+
+/// The machine's own root file system as a container's, with nothing of what makes it that machine.
+fn with_the_machines_system(a: &mut Bundle) {
+    let upper = a.path.join("upper");
+    let units = upper.join("etc/systemd/system");
+    fs::create_dir_all(&units).unwrap();
+    // What runs the tests, and what is about disks.
+    for unit in [
+        "node.service",
+        "zfs.target",
+        "zfs-volumes.target",
+        "systemd-remount-fs.service",
+    ] {
+        std::os::unix::fs::symlink("/dev/null", units.join(unit)).unwrap();
+    }
+    fs::write(upper.join("etc/hostname"), "box\n").unwrap();
+    let lower = format!("lowerdir={}", busybox().display());
+    for option in &mut a.rootfs[0].options {
+        if *option == lower {
+            *option = "lowerdir=/".into();
+        }
+    }
+    as_a_system(a, &[]);
+}
+
+#[test]
+fn a_debian_with_systemd_boots_manages_its_cgroup_and_is_halted() {
+    if !Path::new(SYSTEMD).exists() || !cgroup_v2() {
+        let missing = "no systemd and no cgroup v2 on this machine, whose root file system the container would have";
+        return support::skip::skip(
+            "lxc::systems::a_debian_with_systemd_boots_manages_its_cgroup_and_is_halted",
+            missing,
+        );
+    }
+    lxc(async |daemon| {
+        for terminal in [false, true] {
+            let (pod, mut a) = pod(daemon, &["/sbin/init"]).await;
+            with_the_machines_system(&mut a);
+            a.spec["linux"]["resources"]["memory"] = json!({"limit": 1 << 30});
+            let (io, console) = match terminal {
+                true => {
+                    let io = Io::terminal(&a.path, "console");
+                    let console = io.read_stdout();
+                    (io, Some(console))
+                }
+                false => (Io::none(), None),
+            };
+            let stdin = terminal.then(|| io.open_stdin());
+            let pid = pod.run(&a, &io).await;
+            let own = Path::new("/sys/fs/cgroup").join(universe::token()).join("a");
+            let holds_init = || {
+                let members = fs::read_to_string(own.join("ns/init.scope/cgroup.procs")).unwrap_or_default();
+                members.lines().any(|member| member == pid.to_string()).then_some(())
+            };
+            until("init in a cgroup that it has made", holds_init).await;
+            boots(&pod, &a).await;
+            let (status, _) = says(
+                &pod,
+                &a,
+                "run",
+                &[
+                    "systemd-run",
+                    "--unit=limited",
+                    "--property=MemoryMax=64M",
+                    "sleep",
+                    "100000",
+                ],
+            )
+            .await;
+            assert_eq!(status, 0);
+            let script = "cat /proc/self/cgroup /sys/fs/cgroup/system.slice/limited.service/memory.max";
+            let (_, inside) = says(&pod, &a, "look", &shell(script)).await;
+            assert_eq!(inside, format!("0::/init.scope\n{}\n", 64 << 20));
+            let limit = |path: &str| fs::read_to_string(own.join(path)).unwrap();
+            assert_eq!(
+                limit("ns/system.slice/limited.service/memory.max"),
+                format!("{}\n", 64 << 20)
+            );
+            assert_eq!(limit("memory.max"), format!("{}\n", 1 << 30));
+            let known = daemon.told().len();
+            pod.kill("a", "", libc::SIGTERM, false).await.unwrap();
+            assert_eq!(pod.wait("a", "").await.unwrap(), 0);
+            daemon.hears_after(known, "exit a 0").await;
+            drop(stdin);
+            assert_eq!(pod.delete("a", "").await.unwrap().exit_status, 0);
+            if let Some(console) = console {
+                let text = console.text().await;
+                assert!(text.contains("Welcome to") && text.contains("System Halt"), "{text}");
+            }
+            assert_eq!(exits(daemon, known), ["exit a 0"]);
+            pod.shutdown().await;
+            daemon.assert_nothing_left();
+            fs::remove_dir_all(&a.path).unwrap();
+        }
+    });
+}
+
+/// Waits until systemd says that all is started.
+async fn boots(pod: &Pod, a: &Bundle) {
+    let mut number = 0;
+    until_told("systemd has booted", async || {
+        number += 1;
+        let exec = format!("boots{number}");
+        let (_, state) = says(pod, a, &exec, &["systemctl", "is-system-running", "--wait"]).await;
+        // Anything else: it does not listen yet.
+        matches!(state.trim(), "running" | "degraded").then_some(())
+    })
+    .await;
+}
+
+// ---- what is missing ---------------------------------------------------------------------------------------------------------------

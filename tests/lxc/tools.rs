@@ -1,0 +1,166 @@
+//! LXC's own tools see and do what they would with any container.
+
+use super::*;
+
+#[test]
+fn lxc_ls_lists_a_container_while_it_runs() {
+    lxc(async |daemon| {
+        let (pod, a) = pod(daemon, &FOREVER).await;
+        pod.run(&a, &Io::none()).await;
+        assert_eq!(tool("lxc-ls", &["-1", "--active"]).await, "a\n");
+        assert_eq!(backend::holding(NAMESPACE, "a"), [BACKEND]);
+        pod.end("a").await;
+        assert_eq!(tool("lxc-ls", &["-1"]).await, "");
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn lxc_info_tells_the_state_and_the_pid_that_the_task_tells() {
+    lxc(async |daemon| {
+        let (pod, a) = pod(daemon, &FOREVER).await;
+        let pid = pod.run(&a, &Io::none()).await;
+        assert_eq!(pod.state("a", "").await.unwrap().pid, pid);
+        assert_eq!(tool("lxc-info", &["-n", "a", "-sH"]).await, "RUNNING\n");
+        assert_eq!(tool("lxc-info", &["-n", "a", "-pH"]).await, format!("{pid}\n"));
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn lxc_attach_runs_a_program_inside() {
+    lxc(async |daemon| {
+        let (pod, a) = pod(daemon, &shell("echo $$ >/pid; exec sleep 100000")).await;
+        pod.run(&a, &Io::none()).await;
+        appears(&a.path.join("upper/pid")).await;
+        let script = "hostname; cat /pid; readlink /proc/1/exe";
+        let said = tool("lxc-attach", &["-n", "a", "--", "/bin/sh", "-c", script]).await;
+        assert_eq!(said, "box\n1\n/bin/busybox\n");
+        // That was no process of the shim's.
+        assert_eq!(exits(daemon, 0), [""; 0]);
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_container_whose_folder_was_removed_behind_our_back_ends_and_leaves_nothing() {
+    lxc(async |daemon| {
+        let (pod, a) = pod(daemon, &FOREVER).await;
+        let pid = pod.run(&a, &Io::none()).await;
+        let monitor = monitor("a");
+        fs::remove_dir_all(Path::new(LXC_PATH).join("a")).unwrap();
+        assert_eq!(pod.state("a", "").await.unwrap().pid, pid);
+        pod.kill("a", "", libc::SIGKILL, false).await.unwrap();
+        assert_eq!(pod.wait("a", "").await.unwrap(), 137);
+        pod.delete("a", "").await.unwrap();
+        until("the monitor ends", || (!lives(monitor)).then_some(())).await;
+        pod.shutdown().await;
+    });
+}
+
+/// LXC's socket is one of the network namespace, and takes whoever is root there.
+#[test]
+fn lxcs_socket_answers_no_other_container() {
+    lxc(async |daemon| {
+        let (pod, a) = pod(daemon, &FOREVER).await;
+        let pid = pod.run(&a, &Io::none()).await;
+        // As root of a container that has the host's network.
+        let stop = "timeout -s KILL 10 lxc-stop -k -n a; lxc-info -n a -sH";
+        for inside in [
+            &["unshare", "--pid", "--fork", "--mount-proc"][..],
+            // And the host's processes, but none of its capabilities.
+            &["setpriv", "--bounding-set", "-all", "--inh-caps", "-all"],
+        ] {
+            let mut command = Command::new(inside[0]);
+            command.args(&inside[1..]).args(shell(stop));
+            let output = command.output().unwrap();
+            assert!(
+                !String::from_utf8_lossy(&output.stdout).contains("RUNNING"),
+                "{output:?}"
+            );
+            assert!(lives(pid), "{inside:?}");
+        }
+        assert_eq!(tool("lxc-info", &["-n", "a", "-sH"]).await, "RUNNING\n");
+        assert_eq!(exits(daemon, 0), [""; 0]);
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+/// CVE-2019-5736: what a container can execute of the host's, it must not be able to write.
+#[test]
+fn the_helper_cannot_be_written_by_way_of_the_process_that_it_is() {
+    lxc(async |daemon| {
+        let (pod, a) = pod(daemon, &FOREVER).await;
+        let pid = pod.create(&a, &Io::none()).await.unwrap();
+        let program = format!("/proc/{pid}/exe");
+        assert!(fs::read(&program).unwrap().starts_with(b"\x7fELF"));
+        // While it runs the kernel refuses that by itself; afterwards the mount does.
+        let mount = nix::sys::statvfs::statvfs(program.as_str()).unwrap();
+        assert!(mount.flags().contains(nix::sys::statvfs::FsFlags::ST_RDONLY));
+        pod.delete("a", "").await.unwrap();
+        pod.shutdown().await;
+    });
+}
+
+#[test]
+fn a_container_that_lxc_stop_kills_behind_our_back_has_exited_once() {
+    lxc(async |daemon| {
+        let (pod, a) = pod(daemon, &FOREVER).await;
+        pod.run(&a, &Io::none()).await;
+        tool("lxc-stop", &["-k", "-n", "a"]).await;
+        assert_eq!(pod.wait("a", "").await.unwrap(), 137);
+        assert_eq!(pod.status("a").await, Status::STOPPED);
+        daemon.hears("exit a 137").await;
+        is_deleted_clean(daemon, pod, &a, 137).await;
+        assert_eq!(exits(daemon, 0), ["exit a 137", "exit a 0"]);
+    });
+}
+
+#[test]
+fn a_container_that_lxc_stop_asks_to_end_has_exited_as_it_did() {
+    lxc(async |daemon| {
+        let script = "trap 'exit 3' TERM; touch /ready; while :; do sleep 0.01; done";
+        let (pod, a) = pod(daemon, &shell(script)).await;
+        pod.run(&a, &Io::none()).await;
+        appears(&a.path.join("upper/ready")).await;
+        tool("lxc-stop", &["-n", "a"]).await;
+        assert_eq!(pod.wait("a", "").await.unwrap(), 3);
+        assert_eq!(pod.status("a").await, Status::STOPPED);
+        daemon.hears("exit a 3").await;
+        is_deleted_clean(daemon, pod, &a, 3).await;
+        assert_eq!(exits(daemon, 0), ["exit a 3", "exit a 0"]);
+    });
+}
+
+#[test]
+fn another_lxc_path_is_where_the_tools_find_the_container() {
+    lxc(async |daemon| {
+        let (mut pod, a) = pod(daemon, &FOREVER).await;
+        let path = daemon.folder.join("containers");
+        let text = path.to_str().unwrap();
+        pod.options = Some(options(&format!("backend = \"{BACKEND}\"\nlxc_path = \"{text}\"")));
+        let pid = pod.run(&a, &Io::none()).await;
+        assert_eq!(tool("lxc-ls", &["-P", text, "-1", "--active"]).await, "a\n");
+        assert_eq!(
+            tool("lxc-info", &["-P", text, "-n", "a", "-pH"]).await,
+            format!("{pid}\n")
+        );
+        assert_eq!(fs::read_dir(LXC_PATH).unwrap().count(), 0);
+        pod.end("a").await;
+        assert_eq!(fs::read_dir(&path).map_or(0, Iterator::count), 0);
+        pod.shutdown().await;
+        // The folders of liblxc's locks for each path, which it shares with the tools; the locks themselves may not stay.
+        let locks = Path::new("/run/lxc/lock").join(path.strip_prefix("/").unwrap());
+        for folder in locks
+            .ancestors()
+            .take_while(|folder| *folder != Path::new("/run/lxc/lock"))
+        {
+            let _ = fs::remove_dir(folder);
+        }
+    });
+}
+
+// ---- what is there already ---------------------------------------------------------------------------------------------------------
