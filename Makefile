@@ -28,6 +28,8 @@ $(BIN)/$(SHIM): $(SOURCES)
 	@install -D -m 0755 $(TARGET)/release/$(SHIM) $@
 $(BIN)/$(INIT): $(SOURCES)
 	$(CARGO) rustc --release --bin $(INIT) -- -C target-feature=+crt-static
+	@headers=$$(readelf -lW $(TARGET)/release/$(INIT)) && \
+		case $$headers in *INTERP*) echo "error: $(INIT) is not static" >&2; exit 1 ;; esac
 	@install -D -m 0755 $(TARGET)/release/$(INIT) $@
 
 demo: ## show a container through ctr and a pod through CRI (root; installs what is missing)

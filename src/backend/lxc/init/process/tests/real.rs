@@ -751,7 +751,14 @@ fn an_exec_that_fails_says_why() {
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str, text: &str, mode| {
         let path = dir.path().join(name);
-        fs::write(&path, text).unwrap();
+        // Not by this process: what another test forks meanwhile would hold it open, and a file that is written is not executed.
+        let write = ["-c", "printf '%s' \"$1\" >\"$0\""];
+        let written = std::process::Command::new("sh")
+            .args(write)
+            .arg(&path)
+            .arg(text)
+            .status();
+        assert!(written.unwrap().success());
         fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         path
     };
