@@ -765,6 +765,62 @@ fn a_user_namespace_maps_root_to_nobody_special() {
     });
 }
 
+/// As containerd's CRI makes a pod with `hostUsers: false`: the maps stand beside the path.
+#[test]
+fn containers_of_a_pod_share_its_user_namespace() {
+    each_backend(async |daemon, backend| {
+        let ids = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        let with_users = |bundle: &mut Bundle, namespace: serde_json::Value| {
+            let linux = &mut bundle.spec["linux"];
+            linux["uidMappings"] = ids.clone();
+            linux["gidMappings"] = ids.clone();
+            linux["namespaces"].as_array_mut().unwrap().push(namespace);
+        };
+        let (pod, mut sandbox) = pod(daemon, backend, &FOREVER).await;
+        with_users(&mut sandbox, json!({"type": "user"}));
+        let pid = pod.run(&sandbox, &Io::none()).await;
+        let of_sandbox = |file: &str| fs::read_link(format!("/proc/{pid}/ns/{file}")).unwrap();
+
+        let look = "id -u; id -g; cat /proc/self/uid_map; grep CapEff /proc/self/status; touch /tmp/$1; stat -c %u /tmp/$1; \
+            cd /proc/self/ns; readlink user; readlink net; readlink ipc; hostname";
+        let args = |name| [shell(look).as_slice(), &["sh", name]].concat();
+        let mut app = daemon.bundle("b", &args("init"));
+        with_users(&mut app, json!({"type": "user"}));
+        for namespace in app.spec["linux"]["namespaces"].as_array_mut().unwrap() {
+            let file = match namespace["type"].as_str().unwrap() {
+                "network" => "net",
+                kind @ ("user" | "ipc" | "uts") => kind,
+                _ => continue,
+            };
+            namespace["path"] = format!("/proc/{pid}/ns/{file}").into();
+        }
+        let chown = json!(["CAP_CHOWN"]);
+        app.spec["process"]["capabilities"] = json!({"bounding": chown, "permitted": chown, "effective": chown});
+        let io = Io::fifos(&app.path, "init");
+        let stdout = io.read_stdout();
+        pod.run(&app, &io).await;
+        assert_eq!(pod.wait("b", "").await.unwrap(), 0);
+        let joined = ["user", "net", "ipc"].map(|kind| of_sandbox(kind).display().to_string());
+        let wanted = format!("0 0 0 100000 65536 CapEff: 0000000000000001 0 {} ", joined.join(" "));
+        let words = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let said = words(stdout.text().await);
+        assert!(said.starts_with(&wanted), "{said}");
+        pod.delete("b", "").await.unwrap();
+
+        let io = Io::fifos(&sandbox.path, "e1");
+        let stdout = io.read_stdout();
+        let mut process = process(&args("exec"));
+        process["capabilities"] = app.spec["process"]["capabilities"].clone();
+        pod.exec("a", "e1", &process, &io).await.unwrap();
+        pod.start_process("a", "e1").await.unwrap();
+        assert_eq!(pod.wait("a", "e1").await.unwrap(), 0);
+        let said = words(stdout.text().await);
+        assert!(said.starts_with(&wanted), "{said}");
+        pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
 #[test]
 fn a_read_only_root_and_a_hundred_and_twenty_layers() {
     each_backend(async |daemon, backend| {

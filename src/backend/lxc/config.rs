@@ -122,26 +122,27 @@ impl Items {
             (_, false) => self.add("lxc.net.0.type", "none"),
             _ => {}
         }
-        self.users(linux, new.contains(&"user"))?;
+        self.users(linux, seen.contains("user"))?;
         self.time(linux, new.contains(&"time"))
     }
 
-    fn users(&mut self, linux: &Linux, new: bool) -> Result<()> {
+    /// Of a namespace that is joined LXC has to be told the maps too, or it does not become root in it.
+    fn users(&mut self, linux: &Linux, mapped: bool) -> Result<()> {
         let maps = [
             ("u", "uidMappings", linux.uid_mappings()),
             ("g", "gidMappings", linux.gid_mappings()),
         ];
         for (kind, field, map) in maps {
             let map: &[LinuxIdMapping] = map.as_deref().unwrap_or_default();
-            match (new, map.is_empty()) {
+            match (mapped, map.is_empty()) {
                 (true, true) => {
                     return Err(Error::invalid(format!(
-                        "linux.{field} is empty, and a new user namespace needs it"
+                        "linux.{field} is empty, and a user namespace needs it; where the namespace is joined by path, put its maps here"
                     )));
                 }
                 (false, false) => {
                     return Err(Error::invalid(format!(
-                        "linux.{field} needs a new user namespace in linux.namespaces"
+                        "linux.{field} needs a user namespace in linux.namespaces"
                     )));
                 }
                 _ => {}
@@ -390,8 +391,8 @@ mod tests {
                 ],
             ),
             (
-                json!([{"type": "mount"}, {"type": "user", "path": "/u"}, {"type": "time", "path": "/t"}]),
-                &["lxc.namespace.share.user = /u", "lxc.namespace.share.time = /t"],
+                json!([{"type": "mount"}, {"type": "cgroup", "path": "/c"}, {"type": "time", "path": "/t"}]),
+                &["lxc.namespace.share.cgroup = /c", "lxc.namespace.share.time = /t"],
             ),
         ] {
             assert_eq!(own(json!({"namespaces": namespaces})), wanted);
@@ -422,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn users_are_mapped_in_a_new_user_namespace() {
+    fn users_are_mapped_in_a_user_namespace() {
         let range =
             |inside: u32, outside: u32, size: u32| json!({"containerID": inside, "hostID": outside, "size": size});
         let namespaces = json!([{"type": "mount"}, {"type": "user"}]);
@@ -440,18 +441,21 @@ mod tests {
                 "lxc.idmap = g 0 4294967295 1",
             ]
         );
-        let error = refused(json!({"namespaces": namespaces, "uidMappings": [range(0, 1, 1)]}));
-        assert!(error.contains("linux.gidMappings is empty"), "{error}");
-        for namespaces in [
-            json!([{"type": "mount"}]),
-            json!([{"type": "mount"}, {"type": "user", "path": "/u"}]),
-        ] {
+        let joined = json!([{"type": "mount"}, {"type": "user", "path": "/u"}]);
+        assert_eq!(
+            own(json!({"namespaces": joined, "uidMappings": [range(0, 1, 1)], "gidMappings": [range(0, 2, 1)]})),
+            [
+                "lxc.namespace.share.user = /u",
+                "lxc.idmap = u 0 1 1",
+                "lxc.idmap = g 0 2 1",
+            ]
+        );
+        for namespaces in [namespaces, joined] {
             let error = refused(json!({"namespaces": namespaces, "uidMappings": [range(0, 1, 1)]}));
-            assert!(
-                error.contains("linux.uidMappings needs a new user namespace"),
-                "{error}"
-            );
+            assert!(error.contains("linux.gidMappings is empty"), "{error}");
         }
+        let error = refused(json!({"namespaces": [{"type": "mount"}], "uidMappings": [range(0, 1, 1)]}));
+        assert!(error.contains("linux.uidMappings needs a user namespace"), "{error}");
     }
 
     #[test]
