@@ -53,6 +53,7 @@ use serde_json::json;
 use support::{
     backend,
     leaks::LXC_PATH,
+    patience::patience,
     pod::{
         Bundle, Daemon, FOREVER, Io, NAMESPACE, Pod, SHIM, Start, WHOLE, appears, busybox, cgroup_v2, delete_dead,
         deleted, options, process, refused, run_shim, shell, until, until_told,
@@ -218,9 +219,38 @@ fn a_shim_whose_program_was_replaced_makes_containers_as_before() {
         let a = daemon.bundle("a", &shell("echo fine"));
         let mut pod = Pod::start_with(daemon, &a, &start).await;
         pod.options = on(BACKEND);
-        // As a package's upgrade does.
-        fs::remove_file(&copies[0]).unwrap();
         runs(&pod, &a).await;
+        // As a package's upgrade does; the new helper would not understand this shim.
+        for copy in &copies {
+            fs::remove_file(copy).unwrap();
+        }
+        fs::write(&copies[1], "#!/bin/sh\nexit 1\n").unwrap();
+        fs::set_permissions(&copies[1], fs::Permissions::from_mode(0o755)).unwrap();
+        let b = daemon.bundle("b", &FOREVER);
+        pod.run(&b, &Io::none()).await;
+        let io = Io::fifos(&b.path, "e1");
+        let stdout = io.read_stdout();
+        pod.exec("b", "e1", &process(&shell("echo fine")), &io).await.unwrap();
+        pod.start_process("b", "e1").await.unwrap();
+        assert_eq!(pod.wait("b", "e1").await.unwrap(), 0);
+        assert_eq!(stdout.text().await, "fine\n");
+        pod.end("b").await;
+
+        // What waits is still told from what runs.
+        let bound = patience(1).as_millis();
+        pod.options = Some(options(&format!("backend = \"lxc\"\nruntime_timeout_ms = {bound}")));
+        let mut c = daemon.bundle("c", &FOREVER);
+        c.spec["hooks"] = json!({"startContainer": [{"path": "/bin/sleep", "args": ["sleep", "1000"]}]});
+        pod.create(&c, &Io::none()).await.unwrap();
+        refused(
+            pod.start_process("c", "").await,
+            Code::DEADLINE_EXCEEDED,
+            "LXC was not done",
+        );
+        assert_eq!(pod.status("c").await, Status::CREATED);
+        pod.kill("c", "", libc::SIGKILL, true).await.unwrap();
+        assert_eq!(pod.wait("c", "").await.unwrap(), 137);
+        pod.delete("c", "").await.unwrap();
         pod.shutdown().await;
     });
 }

@@ -195,6 +195,7 @@ impl Lxc {
             .arg(helper)
             .fd(monitor::BOOT_FD, boot)
             .fd(monitor::SHIM_FD, theirs)
+            .fd(monitor::HELPER_FD, self.sealed_helper(helper)?)
             .fd(
                 monitor::LOG_FD,
                 log.try_clone().context(|| "cannot open a file in memory again")?.into(),

@@ -34,7 +34,10 @@ pub mod wire;
 use std::{
     collections::HashMap,
     ffi::OsString,
-    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, atomic::AtomicBool},
     time::Duration,
@@ -258,9 +261,13 @@ impl Backend for Lxc {
         let Some(init) = rec.init.filter(is_alive) else {
             return Ok(Observed::Stopped);
         };
-        // Until it is the user's program it is the helper.
+        // Until it is the user's program it is the helper: this shim's, which may have been replaced in its folder, if it has one.
+        let helper = match self.helper.get() {
+            Some(helper) => PathBuf::from(format!("/proc/self/fd/{}", helper.as_raw_fd())),
+            None => helper()?,
+        };
         let file = |path: &Path| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
-        if file(Path::new(&format!("/proc/{}/exe", init.pid))) == file(&helper()?) {
+        if file(Path::new(&format!("/proc/{}/exe", init.pid))) == file(&helper) {
             return Ok(Observed::Created { pid: init.pid });
         }
         Ok(Observed::Running { pid: init.pid })
