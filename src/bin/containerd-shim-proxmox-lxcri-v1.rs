@@ -18,6 +18,8 @@ macro_rules! export {
         );
     };
 }
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+compile_error!("export! lacks this architecture's jump, without which exits of LXC containers would be lost");
 export!("waitpid", proxmox_lxcri::backend::lxc::monitor::waitpid);
 export!("accept", proxmox_lxcri::backend::lxc::monitor::accept);
 export!("execvp", proxmox_lxcri::backend::lxc::monitor::execvp);

@@ -43,6 +43,10 @@ impl Lxc {
         }
         let target = Pidfd::open(init.pid)?;
         let (plan, agent) = self.exec_plan(rec, init.pid, spec).await?;
+        // Then all that was read by its number was its own.
+        if !is_alive(&init) {
+            return Err(Error::precondition(format!("container {} is not running", rec.id)));
+        }
         let constrained = (plan.namespaces & libc::CLONE_NEWUSER != 0).then(|| plan.process.clone());
         let (connection, theirs) = wire::pair()?;
         let connection = Connection::new(connection)?;

@@ -31,7 +31,7 @@ use std::{
     },
     path::Path,
     ptr,
-    sync::atomic::{AtomicI32, Ordering},
+    sync::atomic::{AtomicI32, AtomicU64, Ordering},
 };
 
 use nix::{
@@ -116,8 +116,8 @@ struct Log {
 
 /// The connection to the shim, once this process is a monitor.
 static SHIM: AtomicI32 = AtomicI32::new(-1);
-/// The pid of this process, once it is a monitor. A child of its has another one, in the same pid namespace too.
-static MONITOR: AtomicI32 = AtomicI32::new(-1);
+/// The number of this process's mount namespace, once it is a monitor.
+static MOUNTS: AtomicU64 = AtomicU64::new(0);
 
 /// Runs the monitor to the container's end. `args` are those after [`ACTION`].
 ///
@@ -189,7 +189,7 @@ fn run(args: &[OsString]) -> Result<()> {
         return Err(Error::unknown(format!("liblxc {version} lacks functions")));
     };
     SHIM.store(SHIM_FD, Ordering::Relaxed);
-    MONITOR.store(nix::unistd::getpid().as_raw(), Ordering::Relaxed);
+    MOUNTS.store(mount_namespace().unwrap_or_default(), Ordering::Relaxed);
     let argv = [helper.as_ptr(), init::INIT.as_ptr(), name.as_ptr(), ptr::null()];
     // SAFETY: the functions are those of this container; argv is a null-terminated array of C strings that outlives the call.
     let started = unsafe { want_daemonize(container, false) && start(container, 0, argv.as_ptr()) };
@@ -447,12 +447,18 @@ pub unsafe extern "C" fn mount(
     data: *const c_void,
 ) -> c_int {
     let propagation = libc::MS_SHARED | libc::MS_PRIVATE | libc::MS_SLAVE | libc::MS_UNBINDABLE;
-    // Init, a child, has its mounts for itself.
-    if flags & propagation != 0 && MONITOR.load(Ordering::Relaxed) == nix::unistd::getpid().as_raw() {
+    // Init, a child of this process, has its mounts for itself.
+    let of_monitor = || Some(MOUNTS.load(Ordering::Relaxed)) == mount_namespace();
+    if SHIM.load(Ordering::Relaxed) >= 0 && flags & propagation != 0 && of_monitor() {
         return 0;
     }
     // SAFETY: the caller's promise.
     unsafe { libc::syscall(libc::SYS_mount, source, target, kind, flags, data) as c_int }
+}
+
+/// The number of the mount namespace of this process.
+fn mount_namespace() -> Option<u64> {
+    nix::sys::stat::stat(c"/proc/self/ns/mnt").ok().map(|stat| stat.st_ino)
 }
 
 #[cfg(test)]

@@ -242,7 +242,8 @@ impl Connection {
             .async_io(Interest::WRITABLE, |socket| send(socket.as_fd(), message, fds))
             .await;
         match sent {
-            Err(e) if e.raw_os_error() == Some(libc::EPIPE) => {
+            // The latter where it left something unread.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EPIPE | libc::ECONNRESET)) => {
                 Err(Error::unavailable("the other side is gone").with_source(e))
             }
             sent => sent.context(|| "cannot send a packet"),
