@@ -11,18 +11,16 @@ use std::{
 
 use oci_spec::runtime::{LinuxResources, Spec};
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     config::{self, Item, Place},
-    init::{
-        self,
-        hooks::{self, Hook},
-        process::Process,
-        rootfs::Root,
-    },
+    init::{self, hooks::Hook, process::Process, rootfs::Root},
 };
 use crate::error::{Context, Error, Result};
+
+/// The version of the runtime-spec that the states of this crate comply with.
+pub(super) const OCI_VERSION: &str = "1.0.2";
 
 /// What a person decides beside the bundle.
 #[derive(Debug, Clone, Copy, Default)]
@@ -70,15 +68,19 @@ impl Facts {
         }
     }
 
-    /// OCI runtime.md, state. Pid 0 is none.
-    pub fn state(&self, status: &str, pid: u32) -> String {
-        hooks::state(
-            &self.id,
-            status,
-            (pid != 0).then_some(pid),
-            &self.bundle,
-            Some(&self.annotations),
-        )
+    /// The state of the container (OCI runtime.md): `status` is `creating`, `created`, `running` or `stopped`; `pid` is init's as the
+    /// reader counts, and absent once it is stopped.
+    pub fn state(&self, status: &str, pid: Option<u32>) -> Value {
+        let mut state = json!({
+            "ociVersion": OCI_VERSION, "id": self.id, "status": status, "bundle": self.bundle.to_string_lossy(),
+        });
+        if let Some(pid) = pid {
+            state["pid"] = pid.into();
+        }
+        if !self.annotations.is_empty() {
+            state["annotations"] = json!(self.annotations);
+        }
+        state
     }
 }
 
@@ -290,7 +292,7 @@ mod tests {
         let memory = blueprint.resources.unwrap().memory().unwrap();
         assert_eq!(memory.limit(), Some(1_048_576));
         assert!(!blueprint.init.constrained && !blueprint.init.waits_for_hooks);
-        let state: Value = serde_json::from_str(&blueprint.init.facts.state("created", 7)).unwrap();
+        let state = blueprint.init.facts.state("created", Some(7));
         assert_eq!(
             (
                 &state["id"],
@@ -300,7 +302,7 @@ mod tests {
             ),
             (&json!("c1"), &json!(7), &json!("/b"), &json!("b"))
         );
-        let state: Value = serde_json::from_str(&blueprint.init.facts.state("stopped", 0)).unwrap();
+        let state = blueprint.init.facts.state("stopped", None);
         assert!(state.get("pid").is_none());
     }
 

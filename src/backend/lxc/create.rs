@@ -107,9 +107,9 @@ impl Lxc {
             let packet = heard(&live.init, &monitor).await?;
             match packet.read()? {
                 FromInit::Mounted => {
-                    let state = live.facts.state("creating", pid);
+                    let state = live.facts.state("creating", Some(pid));
                     tokio::select! {
-                        ran = self.run_hooks(&before_pivot, &state, rec, bound_of(rec)) => ran?,
+                        ran = self.run_hooks(&before_pivot, &state, rec) => ran?,
                         error = monitor.ends() => return Err(error),
                     }
                     live.init.send(&ToInit::Go, &[]).await?;

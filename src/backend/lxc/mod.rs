@@ -33,7 +33,6 @@ pub mod wire;
 
 use std::{
     collections::HashMap,
-    ffi::OsString,
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::fs::MetadataExt,
@@ -45,6 +44,7 @@ use std::{
 
 use async_trait::async_trait;
 use oci_spec::runtime::LinuxResources;
+use serde_json::Value;
 use tokio::task::spawn_blocking;
 
 use self::{
@@ -134,41 +134,54 @@ impl Lxc {
             .context(|| "cannot hold the helper")
     }
 
-    /// Runs hooks on the host, one after the other; one that sets no bound itself has `bound`.
-    async fn run_hooks(&self, hooks: &[Hook], state: &str, rec: &Record, bound: Duration) -> Result<()> {
+    /// Runs a hook on the host; one that sets no bound itself has `bound`.
+    async fn run_hook(&self, hook: &Hook, state: &Value, rec: &Record, bound: Duration) -> Result<()> {
+        let what = || format!("hook {} {}", hook.name, hook.path.display());
+        let stdin = memory_file(state.to_string().as_bytes())?;
+        let mut command = Command::new(&hook.path)
+            .env_clear()
+            .cwd(&rec.bundle)
+            .stdin(stdin.into());
+        if let Some((argv0, args)) = hook.args.split_first() {
+            command = command.arg0(argv0).args(args);
+        }
+        for (key, value) in hook.variables() {
+            command = command.env(key, value);
+        }
+        let bound = hook.timeout_seconds.map_or(bound, Duration::from_secs);
+        let output = self
+            .reaper
+            .output(command, bound)
+            .await
+            .map_err(|e| e.context(what()))?;
+        if output.exit.status == 0 {
+            return Ok(());
+        }
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        let stderr = match stderr.trim() {
+            "" => String::new(),
+            text => format!(": {text}"),
+        };
+        let status = output.exit.status;
+        Err(Error::unknown(format!("{}: exit status {status}{stderr}", what())))
+    }
+
+    /// Runs hooks on the host, one after the other, to the first that fails.
+    async fn run_hooks(&self, hooks: &[Hook], state: &Value, rec: &Record) -> Result<()> {
         for hook in hooks {
-            let stdin = memory_file(state.as_bytes())?;
-            let mut command = Command::new(&hook.path)
-                .arg0(
-                    hook.args
-                        .first()
-                        .map_or_else(|| hook.path.clone().into(), OsString::from),
-                )
-                .args(hook.args.iter().skip(1))
-                .env_clear()
-                .cwd(&rec.bundle)
-                .stdin(stdin.into());
-            for variable in &hook.env {
-                let (key, value) = variable.split_once('=').unwrap_or((variable, ""));
-                command = command.env(key, value);
-            }
-            let bound = hook.timeout_seconds.map_or(bound, Duration::from_secs);
-            let output = self
-                .reaper
-                .output(command, bound)
-                .await
-                .map_err(|e| e.context(format!("hook {} {}", hook.name, hook.path.display())))?;
-            if output.exit.status != 0 {
-                return Err(Error::unknown(format!(
-                    "hook {} {}: exit status {}: {}",
-                    hook.name,
-                    hook.path.display(),
-                    output.exit.status,
-                    String::from_utf8_lossy(&output.stderr).trim()
-                )));
-            }
+            self.run_hook(hook, state, rec, bound_of(rec)).await?;
         }
         Ok(())
+    }
+
+    /// Runs hooks on the host, one after the other. "The runtime MUST log a warning, but the remaining hooks and lifecycle continue" (OCI
+    /// runtime.md).
+    async fn run_hooks_anyway(&self, hooks: &[Hook], state: &Value, rec: &Record, bound: Duration) {
+        for hook in hooks {
+            if let Err(e) = self.run_hook(hook, state, rec, bound).await {
+                log::warn!("container {}: {e}", rec.id);
+            }
+        }
     }
 }
 
@@ -226,14 +239,18 @@ impl Backend for Lxc {
         .await?;
         let hooks = std::mem::take(&mut *live.poststart.lock().unwrap_or_else(PoisonError::into_inner));
         let pid = rec.init.map_or(0, |init| init.pid);
-        for hook in &hooks {
-            let state = live.facts.state("running", pid);
-            if let Err(e) = self
-                .run_hooks(std::slice::from_ref(hook), &state, rec, bound_of(rec))
-                .await
-            {
-                log::warn!("container {}: {e}", rec.id);
-            }
+        let state = live.facts.state("running", Some(pid));
+        let bound = bound_of(rec);
+        // Whatever they do, the container runs.
+        if tokio::time::timeout(bound, self.run_hooks_anyway(&hooks, &state, rec, bound))
+            .await
+            .is_err()
+        {
+            log::warn!(
+                "container {}: its poststart hooks were not done within {} ms and were given up",
+                rec.id,
+                bound.as_millis()
+            );
         }
         Ok(None)
     }

@@ -90,23 +90,17 @@ impl Lxc {
         Error::all(errors).map_or(Ok(()), Err)
     }
 
-    /// "The runtime MUST log a warning, but the remaining hooks and lifecycle continue" (OCI runtime.md).
-    pub(super) async fn poststop(&self, rec: &Record) {
+    async fn poststop(&self, rec: &Record) {
         let (bundle, id) = (rec.bundle.clone(), rec.id.clone());
         let read = blocking(move || blueprint::poststop(&bundle, &id)).await;
         let (hooks, facts) = match read {
             Ok(read) => read,
             Err(e) => return log::warn!("no poststop hooks of {}: {e}", rec.id),
         };
-        let pid = rec.init.map_or(0, |init| init.pid);
-        for hook in &hooks {
-            let state = facts.state("stopped", pid);
-            // The bound of the whole delete comes first, and is an error: who asks again runs them again.
-            let bound = bound_of(rec) * 2;
-            if let Err(e) = self.run_hooks(std::slice::from_ref(hook), &state, rec, bound).await {
-                log::warn!("container {}: {e}", rec.id);
-            }
-        }
+        // The bound of the whole delete comes first, and is an error: who asks again runs them again.
+        let bound = bound_of(rec) * 2;
+        self.run_hooks_anyway(&hooks, &facts.state("stopped", None), rec, bound)
+            .await;
     }
 }
 

@@ -4,15 +4,13 @@
 //! the hook itself is waited for, by its number.
 
 use std::{
-    collections::HashMap,
-    ffi::OsString,
     fs::File,
     io::{self, Read},
     os::{
         fd::{AsFd, FromRawFd, OwnedFd},
         unix::process::{CommandExt, ExitStatusExt},
     },
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
@@ -25,16 +23,12 @@ use nix::{
     unistd::Pid,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
 use super::seal_descriptors;
 use crate::{
     error::{Context, Error, Kind, Result},
     host::memory_file,
 };
-
-/// The version of the runtime-spec that the states of this crate comply with.
-pub(super) const OCI_VERSION: &str = "1.0.2";
 
 /// How much of a hook's stderr goes into an error. The rest is read and dropped.
 const STDERR_MAX_BYTES: usize = 4096;
@@ -48,7 +42,7 @@ pub struct Hook {
     pub path: PathBuf,
     /// From argv[0] on; the path alone when the bundle has none.
     pub args: Vec<String>,
-    /// All of its environment.
+    /// All of its environment: `NAME=value`.
     pub env: Vec<String>,
     /// Killed after so many seconds, with its process group.
     pub timeout_seconds: Option<u64>,
@@ -101,6 +95,11 @@ impl Hook {
         Ok(list)
     }
 
+    /// All of its environment, name and value.
+    pub fn variables(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.env.iter().filter_map(|variable| variable.split_once('='))
+    }
+
     fn run(&self, state: &str) -> Result<()> {
         let what = || format!("hook {} {}", self.name, self.path.display());
         let mut child = self.spawn(state).map_err(|error| {
@@ -141,16 +140,14 @@ impl Hook {
     fn spawn(&self, state: &str) -> io::Result<Child> {
         // A file: nobody has to write while the hook reads, or does not, or has gone.
         let stdin = memory_file(state.as_bytes()).map_err(io::Error::other)?;
-        let (argv0, args) = match self.args.split_first() {
-            Some((argv0, args)) => (OsString::from(argv0), args),
-            None => (self.path.clone().into(), [].as_slice()),
-        };
         let mut command = Command::new(&self.path);
-        command.arg0(argv0).args(args).env_clear().process_group(0);
-        for (name, value) in self.env.iter().filter_map(|variable| variable.split_once('=')) {
-            command.env(name, value);
+        if let Some((argv0, args)) = self.args.split_first() {
+            command.arg0(argv0).args(args);
         }
         command
+            .env_clear()
+            .envs(self.variables())
+            .process_group(0)
             .stdin(stdin)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -168,26 +165,6 @@ pub fn run(hooks: &[Hook], state: &str) -> Result<()> {
         seal_descriptors().context(|| "cannot seal the descriptors")?;
     }
     hooks.iter().try_for_each(|hook| hook.run(state))
-}
-
-/// The state of a container (OCI runtime.md): `status` is `creating`, `created`, `running` or `stopped`; `pid` is init's as the reader
-/// counts, and absent once it is stopped.
-pub fn state(
-    id: &str,
-    status: &str,
-    pid: Option<u32>,
-    bundle: &Path,
-    annotations: Option<&HashMap<String, String>>,
-) -> String {
-    let mut state =
-        json!({ "ociVersion": OCI_VERSION, "id": id, "status": status, "bundle": bundle.to_string_lossy() });
-    if let Some(pid) = pid {
-        state["pid"] = pid.into();
-    }
-    if let Some(annotations) = annotations.filter(|annotations| !annotations.is_empty()) {
-        state["annotations"] = json!(annotations);
-    }
-    state.to_string()
 }
 
 fn ended_as(status: ExitStatus) -> String {

@@ -235,31 +235,25 @@ fn tell(connection: &OwnedFd, message: &FromInit) -> Result<()> {
     wire::send(connection.as_fd(), message, &[]).context(|| "cannot reach the shim")
 }
 
-/// The shim's next word. It says nothing any more when it gives the container up.
-fn hear(connection: &OwnedFd, wanted: &ToInit) -> Result<()> {
-    let packet = wire::receive(connection.as_fd()).context(|| "cannot hear the shim")?;
-    match packet.map(|packet| packet.read::<ToInit>()).transpose()? {
-        Some(message) if message == *wanted => Ok(()),
-        Some(_) => Err(Error::unknown("the shim says something else than was expected")),
-        None => Err(Error::new(Kind::Aborted, "the shim has given this process up")),
-    }
+/// The shim's next word, and what comes with it. It says nothing any more when it gives the container up.
+fn hear(connection: &OwnedFd) -> Result<(ToInit, Vec<OwnedFd>)> {
+    let packet = wire::receive(connection.as_fd())
+        .context(|| "cannot hear the shim")?
+        .ok_or_else(|| Error::new(Kind::Aborted, "the shim has given this process up"))?;
+    Ok((packet.read()?, packet.fds))
+}
+
+fn unexpected() -> Error {
+    Error::unknown("the shim says something else than was expected")
 }
 
 /// What to do, and with what.
 fn order<P: DeserializeOwned>(connection: &OwnedFd) -> Result<(P, Given)> {
-    let gone = || Error::new(Kind::Aborted, "the shim has given this process up");
-    let packet = wire::receive(connection.as_fd())
-        .context(|| "cannot hear the shim")?
-        .ok_or_else(gone)?;
-    let ToInit::Plan { fds: all } = packet.read()? else {
-        return Err(Error::unknown("the shim says something else than was expected"));
+    let (ToInit::Plan { fds: all }, mut fds) = hear(connection)? else {
+        return Err(unexpected());
     };
-    let mut fds = packet.fds;
     while fds.len() < all {
-        let more = wire::receive(connection.as_fd())
-            .context(|| "cannot hear the shim")?
-            .ok_or_else(gone)?;
-        fds.extend(more.fds);
+        fds.extend(hear(connection)?.1);
     }
     let mut fds = fds.into_iter();
     let missing = || Error::unknown("the shim has sent fewer descriptors than it says");
@@ -314,12 +308,12 @@ fn init(connection: &OwnedFd) -> Result<()> {
     let mounted = plan.root.mount(std::mem::take(&mut given.trees))?;
     if plan.waits_for_hooks {
         tell(connection, &FromInit::Mounted)?;
-        hear(connection, &ToInit::Go)?;
+        let (ToInit::Go, _) = hear(connection)? else {
+            return Err(unexpected());
+        };
     }
-    hooks::run(
-        &plan.create_container,
-        &plan.facts.state("creating", std::process::id()),
-    )?;
+    let state = |status| plan.facts.state(status, Some(std::process::id())).to_string();
+    hooks::run(&plan.create_container, &state("creating"))?;
     let proc = plan.root.enter(mounted)?;
     let terminal = terminal(&plan.process, given.console.take(), true)?;
     let program = plan.process.find(true)?;
@@ -327,12 +321,12 @@ fn init(connection: &OwnedFd) -> Result<()> {
     let held: Vec<BorrowedFd<'_>> = terminal.iter().map(AsFd::as_fd).collect();
     wire::send(connection.as_fd(), &FromInit::Created, &held).context(|| "cannot reach the shim")?;
     let pid = start(connection)?;
-    hooks::run(&plan.start_container, &plan.facts.state("created", std::process::id()))?;
+    hooks::run(&plan.start_container, &state("created"))?;
     let last = Last {
         proc: &proc,
         terminal,
         given,
-        agent: agent_message(&plan.process, &plan.facts, "created", pid)?,
+        agent: agent_message(&plan.process, &plan.facts, "created", pid),
         keep_keyring: plan.keep_keyring,
         constrained: plan.constrained,
     };
@@ -391,7 +385,7 @@ fn born(connection: &OwnedFd, plan: &ExecPlan, mut given: Given) -> Result<()> {
         proc: &proc,
         terminal,
         given,
-        agent: agent_message(&plan.process, &plan.facts, "running", pid)?,
+        agent: agent_message(&plan.process, &plan.facts, "running", pid),
         keep_keyring: plan.keep_keyring,
         constrained: user_namespace,
     };
@@ -416,20 +410,16 @@ fn open_folder(path: &str) -> nix::Result<OwnedFd> {
 
 /// Waits for the word, which says this process's pid on the host.
 fn start(connection: &OwnedFd) -> Result<u32> {
-    let packet = wire::receive(connection.as_fd()).context(|| "cannot hear the shim")?;
-    match packet.map(|packet| packet.read::<ToInit>()).transpose()? {
-        Some(ToInit::Start { pid }) => Ok(pid),
-        Some(_) => Err(Error::unknown("the shim says something else than was expected")),
-        None => Err(Error::new(Kind::Aborted, "the shim has given this process up")),
+    match hear(connection)? {
+        (ToInit::Start { pid }, _) => Ok(pid),
+        _ => Err(unexpected()),
     }
 }
 
-fn agent_message(process: &Process, facts: &Facts, status: &str, pid: u32) -> Result<Option<String>> {
-    let Some(listener) = process.seccomp.as_ref().and_then(|filter| filter.listener.as_ref()) else {
-        return Ok(None);
-    };
-    let state = facts.state(status, pid);
-    process::agent_message(listener.metadata.as_deref(), pid, &state).map(Some)
+fn agent_message(process: &Process, facts: &Facts, status: &str, pid: u32) -> Option<String> {
+    let listener = process.seccomp.as_ref()?.listener.as_ref()?;
+    let state = facts.state(status, Some(pid));
+    Some(process::agent_message(listener.metadata.as_deref(), pid, &state))
 }
 
 fn set_domainname(name: &str) -> Result<()> {

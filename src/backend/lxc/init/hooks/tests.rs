@@ -2,6 +2,8 @@
 
 use std::{fs, os::unix::fs::PermissionsExt};
 
+use serde_json::json;
+
 use super::*;
 use crate::host::command::isolation;
 
@@ -79,21 +81,6 @@ fn a_hook_of_a_bundle_is_checked_and_keeps_every_field() {
             (Kind::InvalidArgument, text.to_owned())
         );
     }
-}
-
-#[test]
-fn a_state_has_what_the_specification_wants() {
-    let annotations = HashMap::from([("a".to_owned(), "b".to_owned())]);
-    let text = state("c1", "creating", Some(7), Path::new("/b"), Some(&annotations));
-    assert_eq!(
-        serde_json::from_str::<serde_json::Value>(&text).unwrap(),
-        json!({"ociVersion": "1.0.2", "id": "c1", "status": "creating", "pid": 7, "bundle": "/b", "annotations": {"a": "b"}})
-    );
-    let text = state("c1", "stopped", None, Path::new("/b"), None);
-    assert_eq!(
-        serde_json::from_str::<serde_json::Value>(&text).unwrap(),
-        json!({"ociVersion": "1.0.2", "id": "c1", "status": "stopped", "bundle": "/b"})
-    );
 }
 
 #[test]

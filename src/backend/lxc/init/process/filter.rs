@@ -27,10 +27,7 @@ use nix::{
 use serde_json::json;
 
 use crate::{
-    backend::lxc::{
-        init::{hooks::OCI_VERSION, send_descriptor},
-        seccomp::Filter,
-    },
+    backend::lxc::{blueprint::OCI_VERSION, init::send_descriptor, seccomp::Filter},
     error::{Context, Error, Result},
 };
 
@@ -52,18 +49,13 @@ pub struct Agent {
 }
 
 /// The container process state (OCI runtime.md), as it is sent to an agent. `pid` is the process's on the host, `state` the OCI state of
-/// the container ([`hooks::state`](super::super::hooks::state)).
-///
-/// # Errors
-/// `InvalidArgument` when `state` is no JSON.
-pub fn agent_message(metadata: Option<&str>, pid: u32, state: &str) -> Result<String> {
-    let state: serde_json::Value = serde_json::from_str(state)
-        .map_err(|e| Error::invalid("the state of the container is no JSON").with_source(e))?;
+/// the container ([`Facts::state`](crate::backend::lxc::blueprint::Facts::state)).
+pub fn agent_message(metadata: Option<&str>, pid: u32, state: &serde_json::Value) -> String {
     let mut message = json!({ "ociVersion": OCI_VERSION, "fds": ["seccompFd"], "pid": pid, "state": state });
     if let Some(metadata) = metadata {
         message["metadata"] = metadata.into();
     }
-    Ok(message.to_string())
+    message.to_string()
 }
 
 /// What both threads write and read.

@@ -526,14 +526,13 @@ fn a_filter_is_compiled_and_survives_the_way_to_the_helper() {
 
 #[test]
 fn an_agent_is_told_the_container_process_state() {
-    let state = crate::backend::lxc::init::hooks::state("c1", "creating", Some(9), std::path::Path::new("/b"), None);
-    let message: Value = serde_json::from_str(&agent_message(Some("m"), 9, &state).unwrap()).unwrap();
+    let state = json!({"id": "c1"});
+    let message: Value = serde_json::from_str(&agent_message(Some("m"), 9, &state)).unwrap();
     assert_eq!(
         message,
         json!({"ociVersion": "1.0.2", "fds": ["seccompFd"], "pid": 9, "metadata": "m",
-            "state": {"ociVersion": "1.0.2", "id": "c1", "status": "creating", "pid": 9, "bundle": "/b"}})
+            "state": {"id": "c1"}})
     );
-    assert!(agent_message(None, 9, "x").is_err());
 }
 
 #[test]

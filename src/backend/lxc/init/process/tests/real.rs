@@ -538,7 +538,7 @@ fn an_agent_may_answer_every_system_call_of_the_loader() {
         let (text, code) = forked(|| {
             // The other end, which this process has a copy of.
             let proc = procfs_root();
-            let message = agent_message(None, 5, "{}").unwrap();
+            let message = agent_message(None, 5, &json!({}));
             let start = Start {
                 agent: Some(Agent {
                     socket: theirs.try_clone().unwrap().into(),
