@@ -13,7 +13,7 @@
 //!                   backend/  rootfs/   what runs the container · what it stands on
 //!                        │   ╱
 //!                        ▼  ▼
-//!                       host/     the kernel: processes by pidfd, cgroups
+//!                       host/     the kernel: processes by pidfd, cgroups; systemd's scopes
 //! ```
 //!
 //! A request goes down once and comes back once. Nothing in `backend` knows ttrpc, fifos or events; nothing in `shim` knows

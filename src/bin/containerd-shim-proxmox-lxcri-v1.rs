@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use proxmox_lxcri::{backend::lxc::monitor, shim};
+
 // As symbols of the program itself, for liblxc to call in place of libc's; see `proxmox_lxcri::backend::lxc::monitor`, and build.rs. In
 // assembly, because link-time optimisation hides what nobody in the program calls.
 macro_rules! export {
@@ -20,12 +22,17 @@ macro_rules! export {
 }
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 compile_error!("export! lacks this architecture's jump, without which exits of LXC containers would be lost");
-export!("waitpid", proxmox_lxcri::backend::lxc::monitor::waitpid);
-export!("accept", proxmox_lxcri::backend::lxc::monitor::accept);
-export!("execvp", proxmox_lxcri::backend::lxc::monitor::execvp);
-export!("accept4", proxmox_lxcri::backend::lxc::monitor::accept4);
-export!("mount", proxmox_lxcri::backend::lxc::monitor::mount);
+export!("waitpid", monitor::waitpid);
+export!("accept", monitor::accept);
+export!("execvp", monitor::execvp);
+export!("accept4", monitor::accept4);
+export!("mount", monitor::mount);
 
 fn main() -> ExitCode {
-    proxmox_lxcri::shim::main(std::env::args_os().skip(1))
+    let mut args = std::env::args_os().skip(1).peekable();
+    // No action of containerd's: the shim calls the program like this.
+    if args.next_if(|first| first == monitor::ACTION).is_some() {
+        return monitor::main(args);
+    }
+    shim::main(args)
 }

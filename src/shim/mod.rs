@@ -20,8 +20,7 @@ use std::{ffi::OsString, io::Write, path::Path, process::ExitCode, sync::Arc};
 use args::Action;
 
 use crate::{
-    backend::{self, lxc::monitor},
-    config,
+    backend, config,
     error::{Context, Result},
     host::command::Reaper,
     task::{Engine, bundle::Bundle},
@@ -43,11 +42,6 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
-    let mut args = args.into_iter().peekable();
-    // No action of containerd's: the shim calls the program like this.
-    if args.next_if(|first| first == monitor::ACTION).is_some() {
-        return monitor::main(args);
-    }
     let (action, flags) = args::parse(args)?;
     match action {
         Action::Help => print(args::HELP.as_bytes()),

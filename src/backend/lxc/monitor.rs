@@ -25,11 +25,13 @@
 
 use std::{
     ffi::{CStr, CString, OsStr, OsString, c_char, c_int, c_void},
+    io::Write,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
         unix::ffi::OsStrExt,
     },
     path::Path,
+    process::ExitCode,
     ptr,
     sync::atomic::{AtomicI32, AtomicU64, Ordering},
 };
@@ -119,23 +121,18 @@ static SHIM: AtomicI32 = AtomicI32::new(-1);
 /// The number of this process's mount namespace, once it is a monitor.
 static MOUNTS: AtomicU64 = AtomicU64::new(0);
 
-/// Runs the monitor to the container's end. `args` are those after [`ACTION`].
-///
-/// # Errors
-/// What keeps the container from being started. The shim has heard it before.
-pub fn main(args: impl IntoIterator<Item = OsString>) -> Result<()> {
+/// Runs the monitor to the container's end. `args` are those after [`ACTION`]. What keeps the container from being started is told to the
+/// shim and written to stderr.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     // SAFETY: the shim has given this descriptor to this process, which uses it to its end.
     let shim = unsafe { BorrowedFd::borrow_raw(SHIM_FD) };
-    let started = run(&args.into_iter().collect::<Vec<_>>());
-    if let Err(error) = &started {
-        let failure = wire::Failure {
-            kind: error.kind(),
-            text: error.to_string(),
-        };
-        // Without a shim there is nobody to tell.
-        let _ = wire::send(shim, &FromMonitor::Failed(failure), &[]);
-    }
-    started
+    let Err(error) = run(&args.into_iter().collect::<Vec<_>>()) else {
+        return ExitCode::SUCCESS;
+    };
+    // Without a shim there is nobody to tell.
+    let _ = writeln!(std::io::stderr(), "{ACTION}: {error}");
+    let _ = wire::send(shim, &FromMonitor::Failed(error.into()), &[]);
+    ExitCode::FAILURE
 }
 
 fn run(args: &[OsString]) -> Result<()> {

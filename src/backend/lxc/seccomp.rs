@@ -64,8 +64,8 @@ pub struct Filter {
     /// Who answers SCMP_ACT_NOTIFY.
     ///
     /// As with crun every system call may be the agent's to answer, write(2) and sendmsg(2) too. So the loader MUST NOT make a system
-    /// call between seccomp(2) and the moment at which the descriptor is with somebody else: another process takes it, by
-    /// pidfd_getfd(2) or out of a table of descriptors that both share.
+    /// call between seccomp(2) and the moment at which the descriptor is with somebody else: another thread takes it, out
+    /// of the table of descriptors that both share.
     pub listener: Option<Listener>,
 }
 

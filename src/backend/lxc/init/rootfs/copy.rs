@@ -23,7 +23,7 @@ use nix::{
 use super::place::{io_errno, stat_at};
 use crate::error::{Context, Error, Result};
 
-/// How deep folders may lie in each other: each level holds two descriptors.
+/// How deep folders may lie in each other: each level holds three descriptors.
 const DEPTH_MAX: u32 = 200;
 
 /// Copies what is in `from` into `to`: folders, files, symlinks and nodes, with owners, modes, times and extended attributes. With
