@@ -130,10 +130,39 @@ pub(super) fn parse<T: DeserializeOwned>(text: &[u8], flags: &str) -> Result<T> 
 }
 
 impl Blueprint {
-    /// The mapping. A bundle whose init is [`Place::system`] is one that [`super::system::Init::adapt`] has changed. Blocks where a seccomp profile is compiled, see [`super::seccomp::compile`].
+    /// The mapping. A bundle whose init is [`Place::system`] is one that [`super::system::Init::adapt`] has changed. Blocks where a seccomp
+    /// profile is compiled, see [`super::seccomp::compile`].
     ///
     /// # Errors
     /// `InvalidArgument` or `Unimplemented` with the field that is wrong or cannot be honoured.
+    ///
+    /// # Example
+    /// ```
+    /// use proxmox_lxcri::backend::lxc::{
+    ///     blueprint::{Blueprint, Choices, read_spec},
+    ///     config::{Layout, Place},
+    /// };
+    ///
+    /// let bundle = tempfile::tempdir()?;
+    /// let config = r#"{
+    ///     "ociVersion": "1.2.0",
+    ///     "root": {"path": "rootfs"},
+    ///     "process": {"args": ["true"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
+    ///     "linux": {"namespaces": [{"type": "mount"}, {"type": "pid"}]}
+    /// }"#;
+    /// std::fs::write(bundle.path().join("config.json"), config)?;
+    /// let layout = Layout {
+    ///     container: "/lxc/900000".into(),
+    ///     inner: Some("ns".into()),
+    ///     monitor: "/lxc.monitor/900000".into(),
+    ///     pivot: "/lxc.pivot/900000".into(),
+    /// };
+    /// let place = Place { layout: &layout, v2: true, system: None };
+    /// let spec = read_spec(bundle.path())?;
+    /// let blueprint = Blueprint::of(&spec, "900000", bundle.path(), &place, Choices::default())?;
+    /// assert!(blueprint.items.contains(&("lxc.namespace.clone".into(), "mnt pid".into())));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn of(spec: &Spec, id: &str, bundle: &Path, place: &Place<'_>, choices: Choices) -> Result<Self> {
         let linux = spec
             .linux()
