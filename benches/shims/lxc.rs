@@ -11,7 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use proxmox_lxcri::error::{Context, Error, Result};
+use proxmox_lxcri::{
+    backend::lxc::config::{self, Layout, Place},
+    error::{Context, Error, Result},
+};
 use serde_json::Value;
 
 use crate::{
@@ -24,23 +27,6 @@ use crate::{
 
 /// The command whose presence tells that LXC is installed.
 pub(crate) const EXECUTE: &str = "lxc-execute";
-
-/// The devices that a runtime lets every container use (OCI runtime-spec, config-linux.md, default devices), and that it may make
-/// nodes of any, which is crun's own.
-const DEFAULT_DEVICES: [&str; 12] = [
-    "c *:* m",
-    "b *:* m",
-    "c 1:3 rwm",
-    "c 1:8 rwm",
-    "c 1:7 rwm",
-    "c 5:0 rwm",
-    "c 1:5 rwm",
-    "c 1:9 rwm",
-    "c 5:1 rwm",
-    "c 136:* rwm",
-    "c 5:2 rwm",
-    "c 10:200 rwm",
-];
 
 /// A container made by `lxc-execute`.
 pub(crate) struct Container {
@@ -143,28 +129,34 @@ fn configuration(bundle: &Path) -> Result<(String, Vec<String>)> {
         "lxc.console.path = none".into(),
         "lxc.apparmor.profile = unconfined".into(),
     ];
-    namespaces(&spec["linux"]["namespaces"], &mut lines);
+    lines.extend(of_linux(&spec["linux"])?);
     mounts(&spec, &mut lines);
     process(&spec["process"], &mut lines);
-    cgroups(word(&spec["linux"]["cgroupsPath"]), &mut lines);
     let args = list(&spec["process"]["args"]).map(word).map(str::to_owned).collect();
     Ok((lines.join("\n") + "\n", args))
 }
 
-fn namespaces(namespaces: &Value, lines: &mut Vec<String>) {
-    let mut new = Vec::new();
-    for namespace in list(namespaces) {
-        let name = match word(&namespace["type"]) {
-            "network" => "net",
-            "mount" => "mnt",
-            name => name,
-        };
-        match namespace["path"].as_str() {
-            Some(path) => lines.push(format!("lxc.namespace.share.{name} = {path}")),
-            None => new.push(name),
-        }
-    }
-    lines.push(format!("lxc.namespace.clone = {}", new.join(" ")));
+/// Namespaces, cgroups and device rules are those of the backend's own mapping; devices, terminals and mounts are LXC's to make here.
+fn of_linux(linux: &Value) -> Result<Vec<String>> {
+    let path = word(&linux["cgroupsPath"]);
+    let (parent, id) = path.rsplit_once('/').unwrap_or(("", path));
+    let layout = Layout {
+        container: path.into(),
+        inner: None,
+        monitor: format!("{parent}/lxc.monitor.{id}"),
+        pivot: format!("{parent}/lxc.pivot.{id}"),
+    };
+    let place = Place {
+        layout: &layout,
+        v2: Path::new("/sys/fs/cgroup/cgroup.controllers").exists(),
+        system: None,
+    };
+    let linux = serde_json::from_value(linux.clone())
+        .map_err(|e| Error::invalid("the bundle is no OCI runtime spec").with_source(e))?;
+    let ours = ["lxc.namespace.", "lxc.net.", "lxc.cgroup.", "lxc.cgroup2."];
+    let items = config::items(&linux, &place)?.into_iter();
+    let items = items.filter(|(key, _)| ours.iter().any(|prefix| key.starts_with(prefix)));
+    Ok(items.map(|(key, value)| format!("{key} = {value}")).collect())
 }
 
 fn mounts(spec: &Value, lines: &mut Vec<String>) {
@@ -221,22 +213,6 @@ fn process(process: &Value, lines: &mut Vec<String>) {
     for variable in list(&process["env"]) {
         lines.push(format!("lxc.environment = {}", word(variable)));
     }
-}
-
-fn cgroups(path: &str, lines: &mut Vec<String>) {
-    let (parent, id) = path.trim_start_matches('/').rsplit_once('/').unwrap_or(("", path));
-    lines.extend([
-        "lxc.cgroup.relative = 0".into(),
-        format!("lxc.cgroup.dir.container = {parent}/{id}"),
-        format!("lxc.cgroup.dir.monitor = {parent}/lxc.monitor.{id}"),
-        format!("lxc.cgroup.dir.monitor.pivot = {parent}/lxc.pivot.{id}"),
-    ]);
-    let version = match Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        true => "cgroup2",
-        false => "cgroup",
-    };
-    lines.push(format!("lxc.{version}.devices.deny = a"));
-    lines.extend(DEFAULT_DEVICES.map(|device| format!("lxc.{version}.devices.allow = {device}")));
 }
 
 fn list(value: &Value) -> impl Iterator<Item = &Value> {
