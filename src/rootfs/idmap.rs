@@ -48,15 +48,15 @@ pub(crate) fn user_namespace(map: &IdMap) -> Result<OwnedFd> {
     Ok(namespace.into())
 }
 
-/// Shifts the owners that the detached mount `mount` shows.
-pub(crate) fn apply(mount: &OwnedFd, namespace: &OwnedFd) -> io::Result<()> {
+/// Shifts the owners that the detached mount `mount` shows, recursively those of the mounts below as well.
+pub(crate) fn apply(mount: &OwnedFd, namespace: &OwnedFd, recursive: bool) -> io::Result<()> {
     use std::os::fd::AsFd;
     let attributes = MountAttr {
         set: attr::IDMAP,
         userns_fd: namespace.as_raw_fd() as u64,
         ..MountAttr::default()
     };
-    sys::mount_setattr(mount.as_fd(), false, &attributes)
+    sys::mount_setattr(mount.as_fd(), recursive, &attributes)
 }
 
 fn lines(ranges: &[IdRange]) -> String {

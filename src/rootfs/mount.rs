@@ -249,7 +249,7 @@ pub(super) fn bind(source: &str, options: &Options) -> Result<OwnedFd> {
 fn map_owners(detached: &OwnedFd, options: &Options) -> Result<()> {
     let Some(map) = &options.idmap else { return Ok(()) };
     let namespace = idmap::user_namespace(map)?;
-    idmap::apply(detached, &namespace).map_err(|e| Refusal::new(NO_IDMAP, e).into())
+    idmap::apply(detached, &namespace, false).map_err(|e| Refusal::new(NO_IDMAP, e).into())
 }
 
 /// Said when the kernel will not map owners, which it mostly does not explain.

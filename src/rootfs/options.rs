@@ -1,6 +1,7 @@
 //! Mount options in the form of fstab(5): from words to what the system calls want. Pure.
 
 use nix::mount::MsFlags;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
@@ -30,7 +31,7 @@ pub struct Options {
 }
 
 /// How the owners of an idmapped mount are shifted; containerd's options `uidmap=` and `gidmap=`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdMap {
     /// User ids.
     pub uids: Vec<IdRange>,
@@ -39,7 +40,7 @@ pub struct IdMap {
 }
 
 /// One range, `container:host:size`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdRange {
     /// First id as it is on disk.
     pub container: u32,

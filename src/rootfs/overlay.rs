@@ -266,7 +266,7 @@ impl Overlay<'_> {
         let mapped = self.layers.all().map(|layer| {
             let copy = sys::open_tree_clone(layer.as_str(), false)
                 .map_err(|e| Refusal::new(format!("cannot copy layer {layer:?}"), e))?;
-            idmap::apply(&copy, owners).map_err(|e| Refusal::new(format!("layer {layer:?}: {NO_IDMAP}"), e))?;
+            idmap::apply(&copy, owners, false).map_err(|e| Refusal::new(format!("layer {layer:?}: {NO_IDMAP}"), e))?;
             Ok(copy)
         });
         let mapped = mapped.collect::<Result<Vec<_>>>()?;

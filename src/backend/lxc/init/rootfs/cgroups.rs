@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// Where a host has its cgroups.
-const CGROUPS: &str = "/sys/fs/cgroup";
+pub(super) const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// The hierarchy of v1 that systemd keeps its units in, which limits nothing.
 const SYSTEMD: &str = "name=systemd";

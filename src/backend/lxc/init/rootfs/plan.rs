@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Root,
+    cgroups::CGROUPS,
     words::{Attributes, Kind, Propagation, Words},
 };
 use crate::{
@@ -90,28 +91,10 @@ pub(super) struct Owners {
 /// Where the map comes from.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq)]
 pub(super) enum Map {
-    /// Ranges of user and group ids: on disk, as the host sees it, how many.
-    Ranges(Vec<(u32, u32, u32)>, Vec<(u32, u32, u32)>),
-    /// Those of the user namespace at a path.
+    /// The bundle's.
+    Ranges(IdMap),
+    /// That of the user namespace at a path.
     Of(PathBuf),
-}
-
-impl Map {
-    pub(super) fn ranges(list: &[(u32, u32, u32)]) -> Vec<IdRange> {
-        let range = |&(container, host, size): &(u32, u32, u32)| IdRange { container, host, size };
-        list.iter().map(range).collect()
-    }
-
-    /// `None` for the map of a namespace.
-    pub(super) fn id_map(&self) -> Option<IdMap> {
-        match self {
-            Self::Ranges(uids, gids) => Some(IdMap {
-                uids: Self::ranges(uids),
-                gids: Self::ranges(gids),
-            }),
-            Self::Of(_) => None,
-        }
-    }
 }
 
 /// A device node or fifo.
@@ -231,9 +214,6 @@ pub(super) fn root(spec: &Spec, bundle: &Path, no_pivot_root: bool) -> Result<Ro
         label: linux.mount_label().clone().filter(|label| !label.is_empty()),
     })
 }
-
-/// Where a system looks for its cgroups.
-const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// See [`Root::furnish`].
 pub(super) fn furnish(root: &mut Root, wanted: &[Tmpfs]) {
@@ -495,10 +475,10 @@ impl Planner<'_> {
         let field = |name: &str| format!("mounts[{number}].{name}");
         let map = match (uids.is_empty(), gids.is_empty(), word) {
             (true, true, None) => return Ok(None),
-            (false, false, _) => Map::Ranges(
-                ranges(uids).context(|| field("uidMappings"))?,
-                ranges(gids).context(|| field("gidMappings"))?,
-            ),
+            (false, false, _) => Map::Ranges(IdMap {
+                uids: ranges(uids).context(|| field("uidMappings"))?,
+                gids: ranges(gids).context(|| field("gidMappings"))?,
+            }),
             (true, true, Some(_)) => self.map_of_container().context(|| field("options"))?,
             _ => {
                 return Err(Error::invalid(format!(
@@ -517,10 +497,10 @@ impl Planner<'_> {
             Namespace::New => {
                 let uids = self.linux.uid_mappings().as_deref().unwrap_or_default();
                 let gids = self.linux.gid_mappings().as_deref().unwrap_or_default();
-                Ok(Map::Ranges(
-                    ranges(uids).context(|| "linux.uidMappings")?,
-                    ranges(gids).context(|| "linux.gidMappings")?,
-                ))
+                Ok(Map::Ranges(IdMap {
+                    uids: ranges(uids).context(|| "linux.uidMappings")?,
+                    gids: ranges(gids).context(|| "linux.gidMappings")?,
+                }))
             }
             Namespace::Host => Err(Error::invalid(
                 "idmap without uidMappings and gidMappings needs a user namespace in linux.namespaces",
@@ -529,7 +509,7 @@ impl Planner<'_> {
     }
 }
 
-fn ranges(list: &[LinuxIdMapping]) -> Result<Vec<(u32, u32, u32)>> {
+fn ranges(list: &[LinuxIdMapping]) -> Result<Vec<IdRange>> {
     if list.is_empty() || list.len() > ID_RANGES_MAX {
         return Err(Error::invalid(format!(
             "{} ranges; the kernel takes 1 to {ID_RANGES_MAX}",
@@ -538,14 +518,14 @@ fn ranges(list: &[LinuxIdMapping]) -> Result<Vec<(u32, u32, u32)>> {
     }
     let mut ranges = Vec::new();
     for range in list {
-        let (inside, outside, size) = (range.container_id(), range.host_id(), range.size());
+        let (container, host, size) = (range.container_id(), range.host_id(), range.size());
         let ends = |first: u32| first.checked_add(size).is_some();
-        if size == 0 || !ends(inside) || !ends(outside) {
+        if size == 0 || !ends(container) || !ends(host) {
             return Err(Error::invalid(format!(
-                "range {inside} {outside} {size} is empty or leaves 32 bits"
+                "range {container} {host} {size} is empty or leaves 32 bits"
             )));
         }
-        ranges.push((inside, outside, size));
+        ranges.push(IdRange { container, host, size });
     }
     Ok(ranges)
 }

@@ -7,7 +7,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, OwnedFd},
         unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
@@ -138,20 +138,13 @@ pub(super) fn propagate(mount: &OwnedFd, recursive: bool, kind: Kind) -> io::Res
 }
 
 fn shift(tree: &OwnedFd, owners: &Owners) -> Result<()> {
-    let namespace = match (&owners.map, owners.map.id_map()) {
-        (_, Some(map)) => idmap::user_namespace(&map)?,
-        (Map::Of(path), _) => File::open(path)
+    let namespace = match &owners.map {
+        Map::Ranges(map) => idmap::user_namespace(map)?,
+        Map::Of(path) => File::open(path)
             .context(|| format!("cannot open the user namespace {}", path.display()))?
             .into(),
-        (Map::Ranges(..), None) => return Err(Error::unknown("a map without ranges")),
     };
-    let change = MountAttr {
-        set: sys::attr::IDMAP,
-        userns_fd: namespace.as_raw_fd() as u64,
-        ..MountAttr::default()
-    };
-    sys::mount_setattr(tree.as_fd(), owners.recursive, &change)
-        .context(|| "the kernel refuses; the file system may not know it")
+    idmap::apply(tree, &namespace, owners.recursive).context(|| "the kernel refuses; the file system may not know it")
 }
 
 /// The host's node of a device: at the same path, or where the kernel's numbers lead.

@@ -17,7 +17,10 @@ use super::{
 use crate::{
     backend::lxc::system::Init,
     error::Kind as ErrorKind,
-    rootfs::{options::MS_NOSYMFOLLOW, sys::attr},
+    rootfs::{
+        options::{IdMap, IdRange, MS_NOSYMFOLLOW},
+        sys::attr,
+    },
 };
 
 const BUNDLE: &str = "/run/bundle";
@@ -276,7 +279,20 @@ fn owners_are_mapped_by_ranges_or_by_the_user_namespace() {
         Action::Bind { owners, .. } => owners.map(|owners| (owners.map, owners.recursive)),
         other => panic!("{other:?}"),
     };
-    let own = Map::Ranges(vec![(0, 5, 10)], vec![(0, 6, 10)]);
+    let map = |uid, gid| {
+        let range = |host| {
+            vec![IdRange {
+                container: 0,
+                host,
+                size: 10,
+            }]
+        };
+        Map::Ranges(IdMap {
+            uids: range(uid),
+            gids: range(gid),
+        })
+    };
+    let own = map(5, 6);
     assert_eq!(owners(mount(json!(["bind"]), false), json!({})), None);
     assert_eq!(
         owners(mount(json!(["bind"]), true), json!({})),
@@ -291,7 +307,7 @@ fn owners_are_mapped_by_ranges_or_by_the_user_namespace() {
         Some((own, true))
     );
     let new = json!({"namespaces": [{"type": "user"}], "uidMappings": ranges(7), "gidMappings": ranges(8)});
-    let of_container = Map::Ranges(vec![(0, 7, 10)], vec![(0, 8, 10)]);
+    let of_container = map(7, 8);
     assert_eq!(
         owners(mount(json!(["bind", "idmap"]), false), new),
         Some((of_container, false))
