@@ -133,7 +133,7 @@ impl Lxc {
     }
 
     /// Takes the name, and clears away what an earlier container of this very bundle has left.
-    pub(super) async fn claim(
+    async fn claim(
         &self,
         rec: &Record,
         folder: &Folder,
@@ -176,7 +176,7 @@ impl Lxc {
     }
 
     #[allow(clippy::type_complexity, reason = "used once")]
-    pub(super) fn spawn_monitor(
+    fn spawn_monitor(
         &self,
         rec: &Record,
         helper: &Path,
@@ -219,7 +219,7 @@ impl Lxc {
     }
 
     /// Waits for init's birth and takes hold of it.
-    pub(super) async fn hello(
+    async fn hello(
         &self,
         connection: &Connection,
         monitor: &Monitor,
@@ -251,7 +251,7 @@ impl Lxc {
     }
 }
 
-pub(super) async fn blueprint_of(rec: &Record, bundle: &Path, layout: &Layout) -> Result<(Blueprint, Option<Init>)> {
+async fn blueprint_of(rec: &Record, bundle: &Path, layout: &Layout) -> Result<(Blueprint, Option<Init>)> {
     let (id, bundle, mut layout) = (rec.id.clone(), bundle.to_path_buf(), layout.clone());
     let choices = Choices {
         no_pivot_root: rec.options.no_pivot_root,
@@ -277,7 +277,7 @@ pub(super) async fn blueprint_of(rec: &Record, bundle: &Path, layout: &Layout) -
 }
 
 /// Makes the cgroup in which LXC has put init a scope of systemd's, so that systemd keeps its hands off what is in it.
-pub(super) async fn enter_scope(rec: &Record, init: u32) -> Result<()> {
+async fn enter_scope(rec: &Record, init: u32) -> Result<()> {
     let (unit, slice) = systemd::scope_of(rec.cgroups_path.as_deref(), &rec.id)?;
     let description = format!("LXC container {} of containerd's namespace {}", rec.id, rec.namespace);
     // Its own error tells more than that of the whole create.

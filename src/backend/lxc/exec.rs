@@ -106,12 +106,7 @@ impl Lxc {
         })
     }
 
-    pub(super) async fn exec_plan(
-        &self,
-        rec: &Record,
-        init: u32,
-        spec: &ExecSpec,
-    ) -> Result<(ExecPlan, Option<OwnedFd>)> {
+    async fn exec_plan(&self, rec: &Record, init: u32, spec: &ExecSpec) -> Result<(ExecPlan, Option<OwnedFd>)> {
         let mut document: oci_spec::runtime::Process = blueprint::parse(&spec.json, "/scheduler/flags")
             .map_err(|e| e.context("cannot read the process of the exec as an OCI process"))?;
         document.set_terminal(Some(spec.terminal));
@@ -144,7 +139,7 @@ impl Lxc {
 }
 
 /// The process of an exec that nobody knows of yet: given up, it is killed, for it may have been told to become the program.
-pub(super) struct Unfinished(Option<Arc<Pidfd>>);
+struct Unfinished(Option<Arc<Pidfd>>);
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
@@ -156,7 +151,7 @@ impl Drop for Unfinished {
 }
 
 /// The namespaces in which a process is and this one is not, CLONE_NEW*.
-pub(super) fn namespaces_of(pid: u32) -> Result<i32> {
+fn namespaces_of(pid: u32) -> Result<i32> {
     let mut flags = 0;
     for (name, flag) in [
         ("user", libc::CLONE_NEWUSER),
@@ -182,4 +177,4 @@ pub(super) fn namespaces_of(pid: u32) -> Result<i32> {
     Ok(flags)
 }
 
-pub(super) const CLONE_NEWTIME: i32 = 0x80;
+const CLONE_NEWTIME: i32 = 0x80;

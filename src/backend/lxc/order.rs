@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::{
     blocking, gone_is_fine,
-    init::{self, Order, process::Process},
+    init::{self, Order, proc::Proc, process::Process},
     wire::{self, Connection, ToInit},
 };
 use crate::{
@@ -99,9 +99,9 @@ pub(super) async fn agent(process: &Process) -> Result<Option<OwnedFd>> {
 /// Sets what a process in a user namespace may not set by itself.
 pub(super) async fn constrain(process: Process, pid: u32) -> Result<()> {
     blocking(move || {
-        let proc = File::open("/proc").context(|| "cannot open /proc")?;
+        let proc = Proc::over(File::open("/proc").context(|| "cannot open /proc")?.into());
         let pid = libc::pid_t::try_from(pid).ok();
-        process.constrain(proc.as_fd(), pid)
+        process.constrain(&proc, pid)
     })
     .await
 }

@@ -112,7 +112,7 @@ pub(super) enum Poststop {
 }
 
 /// Removes what [`enter_scope`] has made, in which nothing runs any more.
-pub(super) async fn leave_scope(rec: &Record) -> Result<()> {
+async fn leave_scope(rec: &Record) -> Result<()> {
     let (unit, _) = systemd::scope_of(rec.cgroups_path.as_deref(), &rec.id)?;
     match blocking(move || systemd::remove_scope(&unit, KILL_TIMEOUT)).await {
         // Without a bus there is no way to make one, and of one that is there systemd notices the end by itself.

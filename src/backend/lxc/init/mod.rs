@@ -478,7 +478,7 @@ impl Last<'_> {
         Err(process.exec(
             program,
             process::Start {
-                proc: self.proc.as_fd(),
+                proc: self.proc,
                 constrained: self.constrained,
                 keep_keyring: self.keep_keyring,
                 agent,

@@ -27,20 +27,19 @@ use super::{
     Process, Program,
     capabilities::{self, prctl},
     filter::{Agent, Loader},
-    procfs,
     program::{no_cwd, not_executed},
     value_of,
 };
 use crate::{
-    backend::lxc::init::seal_descriptors,
+    backend::lxc::init::{proc::Proc, seal_descriptors},
     error::{Context, Error, Result},
 };
 
 /// What [`Process::exec`] needs to know beside the process itself.
 #[derive(Debug)]
 pub struct Start<'a> {
-    /// The root folder of a procfs that shows this process's pid namespace.
-    pub proc: BorrowedFd<'a>,
+    /// procfs that shows this process's pid namespace.
+    pub proc: &'a Proc,
     /// [`Process::constrain`] was called for this process.
     pub constrained: bool,
     /// Whether to leave the session keyring of the helper (`no_new_keyring`).
@@ -151,9 +150,12 @@ impl Process {
         Ok(())
     }
 
-    fn set_groups(&self, proc: BorrowedFd<'_>) -> Result<()> {
+    fn set_groups(&self, proc: &Proc) -> Result<()> {
         // Where the user namespace forbids it, crun leaves them as they are.
-        if procfs::read(proc, "thread-self/setgroups").is_ok_and(|text| text.starts_with("deny")) {
+        if proc
+            .read("thread-self/setgroups")
+            .is_ok_and(|text| text.starts_with("deny"))
+        {
             return Ok(());
         }
         // Not by libc, which tells all threads (`filter::Loader` may have one).
@@ -196,13 +198,13 @@ impl Process {
     }
 
     /// The security modules' labels for the program. crun ignores those of a module that is not enabled.
-    fn label(&self, proc: BorrowedFd<'_>) -> Result<()> {
+    fn label(&self, proc: &Proc) -> Result<()> {
         if let Some(profile) = &self.apparmor {
             // Only a kernel with AppArmor has the folder, and only an enabled AppArmor answers there.
-            let now = procfs::read(proc, "thread-self/attr/apparmor/current");
+            let now = proc.read("thread-self/attr/apparmor/current");
             let absent = |error: &std::io::Error| matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL));
             if !now.as_ref().is_err_and(absent) {
-                procfs::write(proc, "thread-self/attr/apparmor/exec", &format!("exec {profile}"))
+                proc.write("thread-self/attr/apparmor/exec", &format!("exec {profile}"))
                     .context(|| format!("cannot set process.apparmorProfile {profile:?}; is it loaded?"))
                     .map_err(as_wrong)?;
             }
@@ -210,8 +212,8 @@ impl Process {
         if let Some(label) = &self.selinux {
             // An enabled SELinux has its file system. A procfs that cannot tell (subset=pid) is no reason to go on without.
             let absent = |text: String| !text.lines().any(|line| line == "nodev\tselinuxfs");
-            if !procfs::read(proc, "filesystems").is_ok_and(absent) {
-                procfs::write(proc, "thread-self/attr/exec", label)
+            if !proc.read("filesystems").is_ok_and(absent) {
+                proc.write("thread-self/attr/exec", label)
                     .context(|| format!("cannot set process.selinuxLabel {label:?}"))
                     .map_err(as_wrong)?;
             }

@@ -3,8 +3,6 @@
 //! All of it can be set from the outside by number, and some of it has to be: in a user namespace nobody may raise a hard limit or lower an
 //! OOM score.
 
-use std::os::fd::BorrowedFd;
-
 use nix::errno::Errno;
 use oci_spec::runtime::{
     IOPriorityClass, LinuxIOPriority, LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimit, PosixRlimitType,
@@ -12,8 +10,10 @@ use oci_spec::runtime::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::procfs;
-use crate::error::{Context, Error, Result};
+use crate::{
+    backend::lxc::init::proc::Proc,
+    error::{Context, Error, Result},
+};
 
 /// A resource limit, as for prlimit(2). `u64::MAX` is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -329,13 +329,14 @@ pub fn set_cpus(pid: libc::pid_t, cpus: &[Cpus]) -> Result<()> {
 }
 
 /// Writes `process.oomScoreAdj` of a process.
-pub(super) fn set_oom_score(proc: BorrowedFd<'_>, pid: Option<libc::pid_t>, score: i32) -> Result<()> {
+pub(super) fn set_oom_score(proc: &Proc, pid: Option<libc::pid_t>, score: i32) -> Result<()> {
     let folder = pid.map_or_else(|| "self".to_owned(), |pid| pid.to_string());
     let file = format!("{folder}/oom_score_adj");
     let text = score.to_string();
     // Lowering needs CAP_SYS_RESOURCE in the first user namespace; staying where one is does not.
-    if procfs::read(proc, &file).is_ok_and(|now| now.trim() == text) {
+    if proc.read(&file).is_ok_and(|now| now.trim() == text) {
         return Ok(());
     }
-    procfs::write(proc, &file, &text).context(|| format!("cannot set process.oomScoreAdj to {score}"))
+    proc.write(&file, &text)
+        .context(|| format!("cannot set process.oomScoreAdj to {score}"))
 }

@@ -13,10 +13,9 @@ mod capabilities;
 mod exec;
 mod filter;
 mod limits;
-mod procfs;
 mod program;
 
-use std::{os::fd::BorrowedFd, path::PathBuf};
+use std::path::PathBuf;
 
 use oci_spec::runtime::{Linux, LinuxPersonality, LinuxPersonalityDomain, Process as OciProcess};
 use serde::{Deserialize, Serialize};
@@ -27,7 +26,7 @@ pub use filter::{Agent, agent_message};
 pub use limits::{Affinity, Cpus, Rlimit, Scheduler, set_cpus};
 pub use program::Program;
 
-use super::terminal::Size;
+use super::{proc::Proc, terminal::Size};
 use crate::{
     backend::lxc::seccomp::{self, Filter},
     error::{Context, Error, Result},
@@ -175,11 +174,11 @@ impl Process {
     /// `proc` and the caller's pid namespace count, or of this one.
     ///
     /// In a user namespace nobody may raise a hard limit or lower an OOM score, so for such a container this is for the shim to do,
-    /// between create and start, and [`Start::constrained`] says that it was done. `proc` is the root folder of a procfs.
+    /// between create and start, and [`Start::constrained`] says that it was done.
     ///
     /// # Errors
     /// The operating system's, with the field. What was set before stays.
-    pub fn constrain(&self, proc: BorrowedFd<'_>, pid: Option<libc::pid_t>) -> Result<()> {
+    pub fn constrain(&self, proc: &Proc, pid: Option<libc::pid_t>) -> Result<()> {
         let number = pid.unwrap_or(0);
         if let Some(score) = self.oom_score_adj {
             limits::set_oom_score(proc, pid, score)?;

@@ -52,6 +52,12 @@ pub(super) fn mount(work: &mut Work<'_>, mount: &Mount, source: &str, flags: MsF
     work.settled(mount, top)
 }
 
+/// The cgroups of this process, and what is mounted in its namespace.
+fn own_cgroups(work: &Work<'_>) -> Result<(String, String)> {
+    let read = |path: &str| work.proc.read(path).context(|| format!("cannot read /proc/{path}"));
+    Ok((read("self/cgroup")?, read("self/mountinfo")?))
+}
+
 fn version_2(work: &Work<'_>, source: &str, flags: MsFlags) -> Result<OwnedFd> {
     if work.plan.cgroup_namespace {
         return match from_context("cgroup2", source, flags, &[]) {
@@ -60,7 +66,7 @@ fn version_2(work: &Work<'_>, source: &str, flags: MsFlags) -> Result<OwnedFd> {
         };
     }
     // A new mount would show the whole hierarchy.
-    let (text, table) = (work.proc.read("self/cgroup")?, work.proc.read("self/mountinfo")?);
+    let (text, table) = own_cgroups(work)?;
     let own = memberships(&text).find(|membership| membership.controllers.is_empty());
     let folder = own.and_then(|own| {
         let mut all = mounts(&table).filter(|mount| mount.fs_type == "cgroup2");
@@ -72,7 +78,7 @@ fn version_2(work: &Work<'_>, source: &str, flags: MsFlags) -> Result<OwnedFd> {
 
 /// One mount for each hierarchy, named after its controllers, and a symlink for each controller of several.
 fn version_1(work: &mut Work<'_>, mount: &Mount, top: &OwnedFd, flags: MsFlags) -> Result<()> {
-    let (text, table) = (work.proc.read("self/cgroup")?, work.proc.read("self/mountinfo")?);
+    let (text, table) = own_cgroups(work)?;
     for own in memberships(&text).filter(|own| !own.controllers.is_empty()) {
         let name = match own.controllers {
             // The kernel's order of these is not the one of their folders.

@@ -11,7 +11,7 @@
 //! descriptor that was found. Of what an image puts in the way nothing leads out of the root.
 
 use std::{
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -76,18 +76,6 @@ pub struct Root {
 pub struct Mounted {
     root: OwnedFd,
     proc: Proc,
-}
-
-impl Mounted {
-    /// The root, as an `O_PATH` descriptor of its mount.
-    pub fn root(&self) -> BorrowedFd<'_> {
-        self.root.as_fd()
-    }
-
-    /// procfs of init's own.
-    pub fn proc(&self) -> &Proc {
-        &self.proc
-    }
 }
 
 impl Root {

@@ -61,13 +61,13 @@ fn forked(body: impl FnOnce()) -> (String, i32) {
     }
 }
 
-fn procfs_root() -> OwnedFd {
-    File::open("/proc").unwrap().into()
+fn procfs_root() -> Proc {
+    Proc::over(File::open("/proc").unwrap().into())
 }
 
-fn start(proc: &OwnedFd) -> Start<'_> {
+fn start(proc: &Proc) -> Start<'_> {
     Start {
-        proc: proc.as_fd(),
+        proc,
         constrained: false,
         keep_keyring: false,
         agent: None,
@@ -340,9 +340,7 @@ fn limits_can_be_set_from_outside() {
         "scheduler": {"policy": "SCHED_OTHER", "nice": 3}, "ioPriority": {"class": "IOPRIO_CLASS_IDLE", "priority": 0}}),
     );
     let pid = sleeper.id();
-    process
-        .constrain(procfs_root().as_fd(), Some(pid as libc::pid_t))
-        .unwrap();
+    process.constrain(&procfs_root(), Some(pid as libc::pid_t)).unwrap();
     let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
     let (limits, score, stat) = (read("limits"), read("oom_score_adj"), read("stat"));
     sleeper.kill().unwrap();
@@ -574,7 +572,7 @@ fn a_loader_with_a_real_time_policy_does_not_keep_its_second_thread_from_running
         let proc = procfs_root();
         set_cpus(0, &[(0, 0)]).unwrap();
         // Where the cgroup has no real-time budget this is refused, and the rest of the test is as good as the others.
-        let _ = process.constrain(proc.as_fd(), None);
+        let _ = process.constrain(&proc, None);
         let start = Start {
             constrained: true,
             agent: Some(Agent {
@@ -824,8 +822,8 @@ fn a_false_procfs_is_not_written_to() {
     fs::create_dir(dir.path().join("self")).unwrap();
     let file = dir.path().join("self/oom_score_adj");
     fs::write(&file, "0").unwrap();
-    let proc: OwnedFd = File::open(dir.path()).unwrap().into();
-    let error = of(json!({"oomScoreAdj": 9})).constrain(proc.as_fd(), None).unwrap_err();
+    let proc = Proc::over(File::open(dir.path()).unwrap().into());
+    let error = of(json!({"oomScoreAdj": 9})).constrain(&proc, None).unwrap_err();
     assert!(
         error.to_string().starts_with("cannot set process.oomScoreAdj to 9: "),
         "{error}"
