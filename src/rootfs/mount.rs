@@ -11,7 +11,7 @@ use std::{
     ffi::CString,
     fmt, io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::{Path, PathBuf},
@@ -36,7 +36,7 @@ use crate::error::{Context, Error, Kind, Result, kind_of_io};
 pub(super) const FSCONFIG_VALUE_MAX: usize = 255;
 
 /// How often a look-up is begun anew that another process's rename disturbed (openat2(2), EAGAIN).
-const LOOKUP_TRIES: u32 = 32;
+pub(crate) const LOOKUP_TRIES: u32 = 32;
 
 /// What the kernel would not do.
 #[derive(Debug)]
@@ -116,23 +116,30 @@ fn open_below(rootfs: &Path, below: &str) -> Result<OwnedFd> {
     if below.is_empty() {
         return Ok(root);
     }
-    let how = OpenHow::new()
-        .flags(open)
-        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    let mut result = Err(nix::Error::EAGAIN);
-    for _ in 0..LOOKUP_TRIES {
-        result = openat2(&root, below, how);
-        if !matches!(result, Err(nix::Error::EAGAIN)) {
-            break;
-        }
-    }
     let what = || {
         format!(
             "cannot open target {below:?} in rootfs {}; it must exist",
             rootfs.display()
         )
     };
-    Ok(result.map_err(|e| Refusal::new(what(), e))?)
+    Ok(find(root.as_fd(), Path::new(below), true).map_err(|e| Refusal::new(what(), e))?)
+}
+
+/// What is at `path` below `root` now, the topmost mount; symlinks are followed as if `root` were `/`, unless there must be none.
+pub(crate) fn find(root: BorrowedFd<'_>, path: &Path, symlinks: bool) -> nix::Result<OwnedFd> {
+    let mut resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
+    if !symlinks {
+        resolve |= ResolveFlag::RESOLVE_NO_SYMLINKS;
+    }
+    let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(resolve);
+    let mut result = Err(nix::Error::EAGAIN);
+    for _ in 0..LOOKUP_TRIES {
+        result = openat2(root, path, how);
+        if !matches!(result, Err(nix::Error::EAGAIN)) {
+            break;
+        }
+    }
+    result
 }
 
 /// A path that leads to exactly what `fd` holds.

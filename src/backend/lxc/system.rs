@@ -13,8 +13,10 @@ use std::{
 use oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
 use serde::{Deserialize, Serialize};
 
-use super::init::rootfs::find;
-use crate::error::{Context, Error, Result};
+use crate::{
+    error::{Context, Error, Result},
+    rootfs::mount::find,
+};
 
 /// glibc's, with which these inits are built; the kernel's is two less.
 const SIGRTMIN: i32 = 34;

@@ -216,6 +216,11 @@ fn run_sealed(args: &[OsString]) -> Result<std::convert::Infallible> {
         .context(|| format!("cannot execute {} from a read-only mount", path.display()))
 }
 
+/// The errno in an error of std.
+fn io_errno(error: std::io::Error) -> nix::Error {
+    error.raw_os_error().map_or(nix::Error::EIO, nix::Error::from_raw)
+}
+
 fn close_on_exec(fd: OwnedFd) -> Result<OwnedFd> {
     nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
         .context(|| "this program is run by containerd-shim-proxmox-lxcri-v1 alone")?;

@@ -147,15 +147,22 @@ pub fn send(console_socket: OwnedFd, master: OwnedFd) -> Result<()> {
     .context(|| "cannot send the terminal")
 }
 
+/// Begins a session, unless this process leads one.
+pub(super) fn lead_session() -> Result<()> {
+    let leads = getsid(None).is_ok_and(|session| session == getpid());
+    if !leads {
+        setsid().context(|| "cannot begin a session")?;
+    }
+    Ok(())
+}
+
 /// Makes the terminal the controlling one of a new session, and stdin, stdout and stderr. A process that leads its session already keeps
 /// it; the session MUST have no terminal yet, and a process that leads a group but no session cannot do this.
 ///
 /// # Errors
 /// The operating system's.
 pub fn make_controlling(slave: OwnedFd) -> Result<()> {
-    if getsid(None).is_ok_and(|session| session != getpid()) {
-        setsid().context(|| "cannot begin a session")?;
-    }
+    lead_session()?;
     // SAFETY: TIOCSCTTY takes an integer; 0 is not to take it from another session.
     unsafe { ioctl::control(slave.as_raw_fd(), 0) }.context(|| "cannot make the terminal the controlling one")?;
     for number in 0..=2 {

@@ -20,7 +20,7 @@ use nix::{
         signal::SigSet,
         stat::{Mode, SFlag, fstat, umask},
     },
-    unistd::{Gid, Uid, chdir, execve, fchown, getpid, getsid, setsid},
+    unistd::{Gid, Uid, chdir, execve, fchown},
 };
 
 use super::{
@@ -31,7 +31,7 @@ use super::{
     value_of,
 };
 use crate::{
-    backend::lxc::init::{proc::Proc, seal_descriptors},
+    backend::lxc::init::{proc::Proc, seal_descriptors, terminal::lead_session},
     error::{Context, Error, Result},
 };
 
@@ -267,14 +267,6 @@ pub(super) fn home_in(passwd: &str, uid: u32) -> Option<&str> {
         let home = fields.nth(2)?;
         (number.parse() == Ok(uid) && !home.is_empty() && !home.contains('\0')).then_some(home)
     })
-}
-
-fn lead_session() -> Result<()> {
-    let leads = getsid(None).is_ok_and(|session| session == getpid());
-    if !leads {
-        setsid().context(|| "cannot begin a session")?;
-    }
-    Ok(())
 }
 
 /// A session keyring that nobody has prepared: without a name, unlike crun's and runc's, it cannot be another container's.

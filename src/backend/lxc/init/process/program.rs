@@ -3,7 +3,6 @@
 use std::{
     ffi::CString,
     fs::{self, DirBuilder},
-    io,
     os::unix::{ffi::OsStrExt, fs::DirBuilderExt},
     path::{Path, PathBuf},
 };
@@ -16,7 +15,10 @@ use nix::{
 };
 
 use super::{Process, value_of};
-use crate::error::{Error, Kind, Result};
+use crate::{
+    backend::lxc::init::io_errno,
+    error::{Error, Kind, Result},
+};
 
 /// The file that a process runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,7 +82,7 @@ impl Process {
                 .recursive(true)
                 .mode(0o755)
                 .create(&self.cwd)
-                .map_err(|error| errno_of(&error))
+                .map_err(io_errno)
                 .and_then(|()| look()),
             other => other,
         };
@@ -92,15 +94,11 @@ impl Process {
     }
 }
 
-fn errno_of(error: &io::Error) -> Errno {
-    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
-}
-
 /// Whether the file can be executed by somebody, root among them.
 fn runs(path: &Path) -> nix::Result<()> {
     // Paths made of strings without NUL.
     let file = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
-    let meta = fs::metadata(path).map_err(|error| errno_of(&error))?;
+    let meta = fs::metadata(path).map_err(io_errno)?;
     if !meta.is_file() {
         return Err(Errno::EISDIR);
     }

@@ -23,7 +23,7 @@ use crate::{
     backend::lxc::init::proc::Proc,
     error::{Context, Error, Kind as ErrorKind, Result},
     rootfs::{
-        mount::{Parameter, Refusal, attributes, fits_context, from_context, page_of, parameters},
+        mount::{Parameter, Refusal, attributes, find, fits_context, from_context, page_of, parameters},
         sys::{self, attr},
     },
 };
@@ -269,7 +269,7 @@ impl Work<'_> {
         inside(place, || {
             mount2(Some(source), ".", Some(kind), flags, Some(page.as_str())).context(|| "mount")
         })?;
-        let mounted = place::find(self.root.as_fd(), &mount.destination, true).context(|| "cannot open the mount")?;
+        let mounted = find(self.root.as_fd(), &mount.destination, true).context(|| "cannot open the mount")?;
         self.settled(mount, mounted)
     }
 
@@ -288,7 +288,7 @@ impl Work<'_> {
     }
 
     fn remount(&self, mount: &Mount, bind: bool, flags: MsFlags, data: &[String]) -> Result<()> {
-        let there = place::find(self.root.as_fd(), &mount.destination, true).context(|| "cannot open it")?;
+        let there = find(self.root.as_fd(), &mount.destination, true).context(|| "cannot open it")?;
         if !bind {
             let page = page_of(data)?;
             let none: Option<&str> = None;
@@ -390,7 +390,7 @@ pub(super) fn is_refused(refusal: &Refusal) -> bool {
 
 /// What is at `path`; `None` if nothing is.
 fn present(root: BorrowedFd<'_>, path: &Path) -> Result<Option<OwnedFd>> {
-    match place::find(root, path, true) {
+    match find(root, path, true) {
         Err(nix::Error::ENOENT | nix::Error::ENOTDIR | nix::Error::EACCES) => Ok(None),
         found => found.map(Some).context(|| "cannot open it"),
     }

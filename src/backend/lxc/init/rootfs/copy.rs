@@ -20,8 +20,11 @@ use nix::{
     unistd::{Gid, Uid, fchown, fchownat, symlinkat},
 };
 
-use super::place::{io_errno, stat_at};
-use crate::error::{Context, Error, Result};
+use super::place::stat_at;
+use crate::{
+    backend::lxc::init::io_errno,
+    error::{Context, Error, Result},
+};
 
 /// How deep folders may lie in each other: each level holds three descriptors.
 const DEPTH_MAX: u32 = 200;

@@ -43,7 +43,6 @@ mod words;
 #[cfg(test)]
 mod tests;
 
-pub(in crate::backend::lxc) use place::find;
 use words::{Attributes, Propagation};
 
 /// What init makes of a bundle's root, mounts, devices, sysctls, masked and read-only paths. Pure data.

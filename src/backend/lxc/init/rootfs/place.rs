@@ -8,16 +8,18 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat},
+    fcntl::{AtFlags, OFlag, openat, readlinkat},
     sys::stat::{FileStat, Mode, fstat, mkdirat},
     unistd::{UnlinkatFlags, unlinkat},
 };
 
+use crate::{
+    backend::lxc::init::io_errno,
+    rootfs::mount::{LOOKUP_TRIES, find},
+};
+
 /// As many symlinks as the kernel follows on one path.
 const SYMLINKS_MAX: u32 = 40;
-
-/// How often a look-up is begun anew that another process's rename disturbed (openat2(2), EAGAIN).
-const LOOKUP_TRIES: u32 = 32;
 
 /// What is made of a place that is not there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,24 +60,7 @@ pub(super) fn is(stat: &FileStat, kind: libc::mode_t) -> bool {
     stat.st_mode & libc::S_IFMT == kind
 }
 
-/// What is at `path` below `root` now, the topmost mount; symlinks are followed as if `root` were `/`, unless there must be none.
-pub(in crate::backend::lxc) fn find(root: BorrowedFd<'_>, path: &Path, symlinks: bool) -> nix::Result<OwnedFd> {
-    let mut resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
-    if !symlinks {
-        resolve |= ResolveFlag::RESOLVE_NO_SYMLINKS;
-    }
-    let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(resolve);
-    let mut result = Err(Errno::EAGAIN);
-    for _ in 0..LOOKUP_TRIES {
-        result = openat2(root, path, how);
-        if !matches!(result, Err(Errno::EAGAIN)) {
-            break;
-        }
-    }
-    result
-}
-
-/// The same, and what is missing of it is made, mode 0755.
+/// As [`find`], and what is missing of it is made, mode 0755.
 pub(super) fn make(root: BorrowedFd<'_>, path: &Path, what: Make, symlinks: bool) -> nix::Result<OwnedFd> {
     match find(root, path, symlinks) {
         Err(Errno::ENOENT) => walk(root, path, what, symlinks),
@@ -93,11 +78,6 @@ pub(super) fn entry(root: BorrowedFd<'_>, path: &Path) -> nix::Result<Entry> {
         _ => root.try_clone_to_owned().map_err(io_errno)?,
     };
     Ok(Entry { parent, name })
-}
-
-/// The errno in an error of std.
-pub(super) fn io_errno(error: std::io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 
 /// Name by name, for openat2(2) makes no folders, and a symlink may lead to where nothing is yet. `..` goes back to a folder that was
