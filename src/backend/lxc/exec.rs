@@ -131,6 +131,7 @@ impl Lxc {
                 cgroups,
                 namespaces: namespaces_of(init)?,
                 facts,
+                init,
                 keep_keyring: rec.options.no_new_keyring,
             },
             agent,

@@ -107,6 +107,8 @@ pub struct ExecPlan {
     pub namespaces: i32,
     /// What the agent of seccomp is told.
     pub facts: Facts,
+    /// The container's init, as the shim counts; for the same.
+    pub init: u32,
     /// No session keyring of its own.
     pub keep_keyring: bool,
 }
@@ -331,7 +333,7 @@ fn init(connection: &OwnedFd) -> Result<()> {
         proc: &proc,
         terminal,
         given,
-        agent: agent_message(&plan.process, &plan.facts, "created", pid),
+        agent: agent_message(&plan.process, &plan.facts.state("created", Some(pid)), pid),
         keep_keyring: plan.keep_keyring,
         constrained: plan.constrained,
     };
@@ -390,7 +392,7 @@ fn born(connection: &OwnedFd, plan: &ExecPlan, mut given: Given) -> Result<()> {
         proc: &proc,
         terminal,
         given,
-        agent: agent_message(&plan.process, &plan.facts, "running", pid),
+        agent: agent_message(&plan.process, &plan.facts.state("running", Some(plan.init)), pid),
         keep_keyring: plan.keep_keyring,
         constrained: user_namespace,
     };
@@ -421,10 +423,9 @@ fn start(connection: &OwnedFd) -> Result<u32> {
     }
 }
 
-fn agent_message(process: &Process, facts: &Facts, status: &str, pid: u32) -> Option<String> {
+fn agent_message(process: &Process, state: &serde_json::Value, pid: u32) -> Option<String> {
     let listener = process.seccomp.as_ref()?.listener.as_ref()?;
-    let state = facts.state(status, Some(pid));
-    Some(process::agent_message(listener.metadata.as_deref(), pid, &state))
+    Some(process::agent_message(listener.metadata.as_deref(), pid, state))
 }
 
 fn set_domainname(name: &str) -> Result<()> {
