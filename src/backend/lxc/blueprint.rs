@@ -286,6 +286,7 @@ mod tests {
         let place = Place {
             layout: &layout,
             v2: true,
+            time: true,
             system: None,
         };
         Blueprint::of(&spec, "c1", Path::new("/b"), &place, Choices::default())

@@ -34,6 +34,8 @@ pub struct Place<'a> {
     pub layout: &'a Layout,
     /// Whether cgroup v2 speaks.
     pub v2: bool,
+    /// Whether the kernel has time namespaces: where it has none, liblxc goes on without.
+    pub time: bool,
     /// The init of a whole system, if it is one.
     pub system: Option<Init>,
 }
@@ -54,6 +56,9 @@ const DEFAULT_DEVICES: [&str; 12] = [
     "c 10:200 rwm",
 ];
 
+/// In a second.
+const NANOSECONDS: i64 = 1_000_000_000;
+
 /// The items for `linux` of a bundle, in their order.
 ///
 /// # Errors
@@ -71,7 +76,7 @@ pub fn items(linux: &Linux, place: &Place<'_>) -> Result<Vec<Item>> {
         "lxc.signal.halt",
         place.system.map_or("SIGTERM", Init::halt_signal_name),
     );
-    items.namespaces(linux)?;
+    items.namespaces(linux, place.time)?;
     items.cgroups(place)?;
     let rules = linux
         .resources()
@@ -88,7 +93,7 @@ impl Items {
         self.0.push((key.into(), value.into()));
     }
 
-    fn namespaces(&mut self, linux: &Linux) -> Result<()> {
+    fn namespaces(&mut self, linux: &Linux, time: bool) -> Result<()> {
         let mut seen = BTreeSet::new();
         let mut new = Vec::new();
         let mut shared = Vec::new();
@@ -123,6 +128,11 @@ impl Items {
             _ => {}
         }
         self.users(linux, seen.contains("user"))?;
+        if new.contains(&"time") && !time {
+            return Err(Error::invalid(
+                "linux.namespaces: this kernel has no time namespaces (CONFIG_TIME_NS)",
+            ));
+        }
         self.time(linux, new.contains(&"time"))
     }
 
@@ -174,14 +184,23 @@ impl Items {
                     "linux.timeOffsets needs a new time namespace in linux.namespaces",
                 ));
             }
-            let seconds = i128::from(offset.secs().unwrap_or_default());
-            let nanoseconds = seconds * 1_000_000_000 + i128::from(offset.nanosecs().unwrap_or_default());
-            let Ok(nanoseconds) = i64::try_from(nanoseconds) else {
-                return Err(Error::invalid(format!(
-                    "linux.timeOffsets.{clock}: {seconds} s is out of range"
-                )));
+            let wrong = |why: &str| format!("linux.timeOffsets.{clock}: {why}");
+            let below = i64::from(offset.nanosecs().unwrap_or_default());
+            let (more, nanoseconds) = (below / NANOSECONDS, below % NANOSECONDS);
+            let Some(seconds) = offset.secs().unwrap_or_default().checked_add(more) else {
+                return Err(Error::invalid(wrong("out of range")));
             };
-            self.add(key, format!("{nanoseconds}ns"));
+            // LXC hands the kernel either number with a 0 for the other.
+            let value = match (seconds, nanoseconds) {
+                (0, 1..) => format!("{nanoseconds}ns"),
+                (_, 0) => format!("{seconds}s"),
+                _ => {
+                    return Err(Error::invalid(wrong(
+                        "the backend lxc takes whole seconds, or less than one; leave nanosecs out, or use the backend crun",
+                    )));
+                }
+            };
+            self.add(key, value);
         }
         Ok(())
     }
@@ -328,6 +347,7 @@ mod tests {
         let place = Place {
             layout,
             v2,
+            time: true,
             system: None,
         };
         let items = items(&linux, &place)?;
@@ -464,19 +484,31 @@ mod tests {
         let with = |offsets: Value| json!({"namespaces": namespaces, "timeOffsets": offsets});
         assert_eq!(
             own(with(
-                json!({"monotonic": {"secs": 2, "nanosecs": 5}, "boottime": {"secs": -1}})
+                json!({"monotonic": {"secs": 2, "nanosecs": 1_000_000_000}, "boottime": {"secs": -1}})
             )),
             [
                 "lxc.namespace.clone = mnt time",
-                "lxc.time.offset.boot = -1000000000ns",
-                "lxc.time.offset.monotonic = 2000000005ns",
+                "lxc.time.offset.boot = -1s",
+                "lxc.time.offset.monotonic = 3s",
+            ]
+        );
+        assert_eq!(
+            own(with(json!({"monotonic": {"nanosecs": 5}, "boottime": {}}))),
+            [
+                "lxc.namespace.clone = mnt time",
+                "lxc.time.offset.boot = 0s",
+                "lxc.time.offset.monotonic = 5ns",
             ]
         );
         for (linux, wanted) in [
             (with(json!({"realtime": {"secs": 1}})), "\"realtime\" is neither"),
             (
-                with(json!({"boottime": {"secs": i64::MAX}})),
-                "linux.timeOffsets.boottime",
+                with(json!({"boottime": {"secs": i64::MAX, "nanosecs": 1_000_000_000}})),
+                "linux.timeOffsets.boottime: out of range",
+            ),
+            (
+                with(json!({"boottime": {"secs": -1, "nanosecs": 5}})),
+                "linux.timeOffsets.boottime: the backend lxc takes whole seconds",
             ),
             (
                 json!({"namespaces": [{"type": "mount"}], "timeOffsets": {"boottime": {"secs": 1}}}),
@@ -486,6 +518,28 @@ mod tests {
             let error = refused(linux);
             assert!(error.contains(wanted), "{error}");
         }
+    }
+
+    #[test]
+    fn a_kernel_without_time_namespaces_is_no_reason_to_do_without() {
+        let with = |namespaces: Value| {
+            let linux = serde_json::from_value(json!({"namespaces": namespaces})).unwrap();
+            let place = Place {
+                layout: &layout(),
+                v2: true,
+                time: false,
+                system: None,
+            };
+            items(&linux, &place)
+        };
+        let error = with(json!([{"type": "mount"}, {"type": "time"}])).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("linux.namespaces: this kernel has no time"),
+            "{error}"
+        );
+        assert!(with(json!([{"type": "mount"}])).is_ok());
     }
 
     #[test]

@@ -269,6 +269,7 @@ async fn blueprint_of(rec: &Record, bundle: &Path, layout: &Layout) -> Result<(B
         let place = Place {
             layout: &layout,
             v2,
+            time: Path::new("/proc/self/ns/time").exists(),
             system,
         };
         Ok((Blueprint::of(&spec, &id, &bundle, &place, choices)?, system))
