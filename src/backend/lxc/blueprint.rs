@@ -219,9 +219,14 @@ impl Blueprint {
         if let Some(init) = place.system {
             root.furnish(init.wants());
         }
+        let mut items = config::items(linux, place)?;
+        if choices.no_new_keyring {
+            // That liblxc makes none, either: lxc.container.conf(5) says it of the value 0, liblxc does it for 1.
+            items.push(("lxc.keyring.session".to_owned(), "1".to_owned()));
+        }
         let uts = config::has_namespace(linux, oci_spec::runtime::LinuxNamespaceType::Uts);
         Ok(Self {
-            items: config::items(linux, place)?,
+            items,
             init: init::Plan {
                 root,
                 process: Process::of(process, Some(linux))?,
@@ -265,6 +270,10 @@ mod tests {
     use crate::{backend::lxc::config::Layout, error::Kind};
 
     fn of(change: impl FnOnce(&mut Value)) -> Result<Blueprint> {
+        chosen(Choices::default(), change)
+    }
+
+    fn chosen(choices: Choices, change: impl FnOnce(&mut Value)) -> Result<Blueprint> {
         let mut spec = json!({
             "ociVersion": "1.0.2",
             "root": {"path": "rootfs"},
@@ -289,7 +298,7 @@ mod tests {
             time: true,
             system: None,
         };
-        Blueprint::of(&spec, "c1", Path::new("/b"), &place, Choices::default())
+        Blueprint::of(&spec, "c1", Path::new("/b"), &place, choices)
     }
 
     #[track_caller]
@@ -362,6 +371,20 @@ mod tests {
         refused(Kind::InvalidArgument, "hooks.poststop[0].path", |spec| {
             spec["hooks"]["poststop"] = json!([{"path": "relative"}]);
         });
+    }
+
+    #[test]
+    fn neither_init_nor_lxc_makes_a_keyring_that_nobody_wants() {
+        for no_new_keyring in [false, true] {
+            let choices = Choices {
+                no_new_keyring,
+                ..Choices::default()
+            };
+            let blueprint = chosen(choices, |_| {}).unwrap();
+            assert_eq!(blueprint.init.keep_keyring, no_new_keyring);
+            let item = ("lxc.keyring.session".into(), "1".into());
+            assert_eq!(blueprint.items.contains(&item), no_new_keyring);
+        }
     }
 
     #[test]
