@@ -23,6 +23,7 @@ mod support {
     pub(crate) mod skip;
     pub(crate) mod universe;
 }
+mod bundle;
 mod ends;
 mod steps;
 mod strangers;
@@ -92,6 +93,15 @@ async fn pod(daemon: &Daemon, args: &[&str]) -> (Pod, Bundle) {
     let mut pod = Pod::start(daemon, &bundle).await;
     pod.options = on(BACKEND);
     (pod, bundle)
+}
+
+/// Removes the folders of liblxc's locks for an lxcpath, which it shares with the tools; the locks themselves may not stay.
+fn remove_locks_of(lxc_path: &Path) {
+    let locks = Path::new("/run/lxc/lock");
+    let own = locks.join(lxc_path.strip_prefix("/").unwrap());
+    for folder in own.ancestors().take_while(|folder| *folder != locks) {
+        let _ = fs::remove_dir(folder);
+    }
 }
 
 /// The output of one of LXC's tools, which succeeds. Meanwhile events are taken.

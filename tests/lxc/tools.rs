@@ -152,14 +152,7 @@ fn another_lxc_path_is_where_the_tools_find_the_container() {
         pod.end("a").await;
         assert_eq!(fs::read_dir(&path).map_or(0, Iterator::count), 0);
         pod.shutdown().await;
-        // The folders of liblxc's locks for each path, which it shares with the tools; the locks themselves may not stay.
-        let locks = Path::new("/run/lxc/lock").join(path.strip_prefix("/").unwrap());
-        for folder in locks
-            .ancestors()
-            .take_while(|folder| *folder != Path::new("/run/lxc/lock"))
-        {
-            let _ = fs::remove_dir(folder);
-        }
+        remove_locks_of(&path);
     });
 }
 
