@@ -448,6 +448,7 @@ for file in oom_score_adj attr/current personality coredump_filter loginuid sess
 set -- $(sed 's/.*) //' stat); echo "group $3 session $4 terminal $5 foreground $6 priority ${16} nice ${17} rt ${38} policy ${39}"
 echo "cwd $(readlink cwd) root $(readlink root) exe $(readlink exe)"
 echo "names $(hostname) $(cat /proc/sys/kernel/domainname)"
+echo "first port for all $(cat /proc/sys/net/ipv4/ip_unprivileged_port_start)"
 ls -lAn /dev /dev/pts /dev/shm / /sys /sys/fs/cgroup /new 2>&1 | grep -v '^total' | sed -E 's/[A-Z][a-z]{2} +[0-9]+ +[0-9:]+ //; s/^(.{10}) +[0-9]+/\1/; s/^/ls /'
 ip link 2>&1 | head -2
 "#;
@@ -550,6 +551,7 @@ fn the_program_sees_the_same_on_both_backends() {
                     "/proc/sysrq-trigger"
                 ]);
                 spec["linux"]["rootfsPropagation"] = "private".into();
+                spec["domainname"] = "home.example".into();
                 spec["linux"]["sysctl"] = json!({"net.ipv4.ip_unprivileged_port_start": "0"});
             }),
         ];
