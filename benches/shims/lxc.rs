@@ -149,6 +149,7 @@ fn of_linux(linux: &Value) -> Result<Vec<String>> {
     let place = Place {
         layout: &layout,
         v2: Path::new("/sys/fs/cgroup/cgroup.controllers").exists(),
+        time: true,
         system: None,
     };
     let linux = serde_json::from_value(linux.clone())

@@ -157,7 +157,7 @@ impl Blueprint {
     ///     monitor: "/lxc.monitor/900000".into(),
     ///     pivot: "/lxc.pivot/900000".into(),
     /// };
-    /// let place = Place { layout: &layout, v2: true, system: None };
+    /// let place = Place { layout: &layout, v2: true, time: true, system: None };
     /// let spec = read_spec(bundle.path())?;
     /// let blueprint = Blueprint::of(&spec, "900000", bundle.path(), &place, Choices::default())?;
     /// assert!(blueprint.items.contains(&("lxc.namespace.clone".into(), "mnt pid".into())));
