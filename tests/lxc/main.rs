@@ -437,8 +437,10 @@ fn creates_that_fail_leave_nothing_in_the_shim() {
 // ---- beside crun -------------------------------------------------------------------------------------------------------------------
 
 /// Everything that a program can find out about itself, by name. What is counted anew for every process or mount is left out.
+/// A shell that forks blocks all signals for a moment, so it reads that line by itself.
 const LOOK: &str = r#"cd /proc/$$
-grep -vE '^(Vm|Rss|Hugetlb|.*ctxt_switches|State|Tgid|Ngid|Pid|PPid|NStgid|NSpid|NSpgid|NSsid|FDSize|Threads|SigQ|Name|CoreDumping|untag)' status
+while read -r key value; do test "$key" = SigBlk: && echo "blocked $value"; done <status
+grep -vE '^(SigBlk|Vm|Rss|Hugetlb|.*ctxt_switches|State|Tgid|Ngid|Pid|PPid|NStgid|NSpid|NSpgid|NSsid|FDSize|Threads|SigQ|Name|CoreDumping|untag)' status
 sed 's/^/limit /' limits
 sed -E 's/^[0-9]+ [0-9]+ [0-9]+:[0-9]+ /mount /; s/shared:[0-9]+/shared/; s/master:[0-9]+/master/; s/overlay rw.*/overlay/' mountinfo
 tr '\0' '\n' <environ | sed 's/^/env /'
