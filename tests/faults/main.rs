@@ -23,6 +23,7 @@ mod support {
     #![allow(dead_code, reason = "each test file uses another part of the harness")]
 
     pub(crate) mod backend;
+    pub(crate) mod gate;
     pub(crate) mod image;
     pub(crate) mod leaks;
     pub(crate) mod patience;

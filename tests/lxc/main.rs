@@ -16,6 +16,7 @@ mod support {
     )]
 
     pub(crate) mod backend;
+    pub(crate) mod gate;
     pub(crate) mod image;
     pub(crate) mod leaks;
     pub(crate) mod patience;
@@ -32,14 +33,10 @@ mod tools;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ffi::CString,
     fs,
     os::{
         fd::{FromRawFd, OwnedFd},
-        unix::{
-            ffi::OsStrExt,
-            fs::{MetadataExt, PermissionsExt},
-        },
+        unix::fs::{MetadataExt, PermissionsExt},
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -53,6 +50,7 @@ use containerd_shim_protos::{
 use serde_json::json;
 use support::{
     backend,
+    gate::FileGate,
     leaks::LXC_PATH,
     patience::patience,
     pod::{
@@ -367,22 +365,7 @@ fn an_exec_that_was_given_up_never_becomes_its_program() {
         let (mut pod, a) = pod(daemon, &FOREVER).await;
         pod.options = Some(options(&format!("backend = \"{BACKEND}\"\nruntime_timeout_ms = 3000")));
         let pid = pod.run(&a, &Io::none()).await;
-        // The last file that the helper opens, after it was told to start.
-        let passwd = CString::new(a.path.join("rootfs/etc/passwd").as_os_str().as_bytes()).unwrap();
-        // SAFETY: integers and a C string; the descriptor is new, and nobody else's.
-        let gate = unsafe {
-            let gate = libc::fanotify_init(libc::FAN_CLASS_CONTENT | libc::FAN_CLOEXEC, libc::O_RDONLY as u32);
-            assert!(gate >= 0, "{}", std::io::Error::last_os_error());
-            let marked = libc::fanotify_mark(
-                gate,
-                libc::FAN_MARK_ADD,
-                libc::FAN_OPEN_PERM,
-                libc::AT_FDCWD,
-                passwd.as_ptr(),
-            );
-            assert_eq!(marked, 0, "{}", std::io::Error::last_os_error());
-            OwnedFd::from_raw_fd(gate)
-        };
+        let gate = FileGate::in_exec(&a.path);
         pod.exec("a", "e1", &process(&["touch", "/ran"]), &Io::none())
             .await
             .unwrap();
