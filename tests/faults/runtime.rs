@@ -5,10 +5,11 @@ use std::{fs, process::Command};
 use containerd_shim_protos::{api::Status, ttrpc::Code};
 
 use crate::{
-    FOREVER, Gate, Stub, fault, fault_of_crun, it_works, lives, pod, send, shell,
+    FOREVER, Gate, Stub, fault, fault_of_crun, fault_of_lxc, it_works, lives, pod, send, shell,
     support::{
         backend::own_processes,
-        pod::{Bundle, Daemon, Io, Pod, process, refused},
+        gate::FileGate,
+        pod::{Bundle, Daemon, Io, Pod, appears, process, refused},
     },
     until, until_told,
 };
@@ -157,6 +158,47 @@ fn a_start_that_hangs_leaves_the_container_as_it_truly_is() {
             }
             pod.end("a").await;
             pod.shutdown().await;
+            daemon.assert_nothing_left();
+            fs::remove_dir_all(&a.path).unwrap();
+        }
+    });
+}
+
+/// crun's Start is over before the hook begins.
+#[test]
+fn a_start_that_hangs_in_a_hook_can_be_repeated_or_the_container_be_deleted() {
+    fault_of_lxc(async |daemon, stub| {
+        for repeated in [true, false] {
+            let before = daemon.told().len();
+            let (mut pod, mut a) = pod(daemon, stub, &shell("touch /ran; exec sleep 100000")).await;
+            pod.options = stub.options(SHORT);
+            a.spec["hooks"]["startContainer"] = serde_json::json!([{"path": "/bin/cat", "args": ["cat", "/gate"]}]);
+            let pid = pod.create(&a, &Io::none()).await.unwrap();
+            // The hook runs inside.
+            let gate = Gate::new(a.path.join("rootfs/gate"));
+            let answer = pod.start_process("a", "").await;
+            refused(answer, Code::DEADLINE_EXCEEDED, stub.late());
+            assert_eq!(pod.status("a").await, Status::CREATED);
+            assert_eq!(daemon.hears_after(before, "create a").await, ["create a"]);
+            assert!(!a.path.join("upper/ran").exists());
+            if repeated {
+                let (started, _held) = tokio::join!(pod.start_process("a", ""), async {
+                    // Opened and closed: the hook reads the end of the file.
+                    drop(gate.reached().await);
+                });
+                assert_eq!(started.unwrap(), pid);
+                assert_eq!(pod.status("a").await, Status::RUNNING);
+                appears(&a.path.join("upper/ran")).await;
+                pod.end("a").await;
+            } else {
+                assert_eq!(pod.delete("a", "").await.unwrap().exit_status, 137);
+                assert!(!a.path.join("upper/ran").exists());
+            }
+            pod.shutdown().await;
+            let told = daemon.told().split_off(before);
+            let all = ["create a", "start a", "exit a 137", "delete a 137"];
+            let expected = all.iter().filter(|told| repeated || !told.starts_with("start"));
+            assert!(told.iter().eq(expected), "{told:?}");
             daemon.assert_nothing_left();
             fs::remove_dir_all(&a.path).unwrap();
         }
@@ -453,21 +495,41 @@ fn a_kill_in_a_slow_start_ends_the_container_as_soon_as_the_start_is_over() {
 
 #[test]
 fn a_container_whose_init_dies_in_a_slow_exec_ends() {
-    fault_of_crun(async |daemon, stub| {
+    fault(async |daemon, stub| {
         let (pod, a) = pod(daemon, stub, &FOREVER).await;
         let pid = pod.run(&a, &Io::none()).await;
-        pod.exec("a", "e1", &process(&FOREVER), &Io::none()).await.unwrap();
-        let gate = stub.holds_before("exec");
-        let starting = pod.start_process("a", "e1");
+        pod.exec("a", "e1", &process(&["touch", "/ran"]), &Io::none())
+            .await
+            .unwrap();
+        // No hook runs in an exec.
+        let (crun, file) = match stub.is_crun() {
+            true => (Some(stub.holds_before("exec")), None),
+            false => (None, Some(FileGate::in_exec(&a.path))),
+        };
         let dying = async {
-            let held = gate.reached().await;
+            let held = match (&crun, file) {
+                (Some(gate), _) => (Some(gate.reached().await), None),
+                (None, file) => (None, Some(file.unwrap().reached().await)),
+            };
             send(pid, libc::SIGKILL);
+            until("init's end", || (!lives(pid)).then_some(())).await;
             drop(held);
             pod.wait("a", "").await.unwrap()
         };
-        let (started, status) = tokio::join!(starting, dying);
-        refused(started, Code::FAILED_PRECONDITION, "OCI runtime exec failed");
+        let (started, status) = tokio::join!(pod.start_process("a", "e1"), dying);
+        if stub.is_crun() {
+            refused(started, Code::FAILED_PRECONDITION, "OCI runtime exec failed");
+        } else {
+            // It was born by then, and has gone with all others.
+            started.unwrap();
+            assert_eq!(pod.wait("a", "e1").await.unwrap(), 137);
+            assert_eq!(
+                daemon.hears("exit a 137").await[3..],
+                ["exec-started e1", "exit e1 137", "exit a 137"]
+            );
+        }
         assert_eq!(status, 137);
+        assert!(!a.path.join("upper/ran").exists());
         pod.delete("a", "").await.unwrap();
         it_works(&pod, &daemon.bundle("b", &["echo", "fine"])).await;
         pod.shutdown().await;

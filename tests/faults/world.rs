@@ -603,11 +603,7 @@ fn an_exec_into_what_somebody_froze_is_refused() {
         refused(
             pod.start_process("a", "e1").await,
             Code::FAILED_PRECONDITION,
-            if stub.is_crun() {
-                "the container `a` is paused"
-            } else {
-                "paused"
-            },
+            "the container `a` is paused",
         );
         pod.end("a").await;
         it_works(&pod, &daemon.bundle("b", &["echo", "fine"])).await;
