@@ -400,6 +400,15 @@ mod tests {
                 spec["linux"][field] = value;
             });
         }
+        for (field, value) in [
+            ("solaris", json!({"milestone": "svc:/milestone/container:default"})),
+            ("windows", json!({"layerFolders": ["a"]})),
+            ("vm", json!({"kernel": {"path": "/vmlinuz"}})),
+        ] {
+            refused(Kind::Unimplemented, &format!("{field}: "), |spec| {
+                spec[field] = value;
+            });
+        }
         refused(Kind::Unimplemented, "linux.netDevices", |spec| {
             spec["linux"]["netDevices"] = json!({"eth0": {"name": "eth1"}});
         });

@@ -584,6 +584,64 @@ fn a_device_that_something_else_is_in_the_place_of_is_refused_and_a_right_one_is
     });
 }
 
+/// Takes the capability to make nodes, for good.
+fn drop_mknod() {
+    const CAP_MKNOD: u32 = 27;
+    const VERSION_3: u32 = 0x2008_0522;
+    let header = [VERSION_3, 0];
+    // effective, permitted and inheritable of the lower capabilities, then of the higher.
+    let mut sets = [0_u32; 6];
+    // SAFETY: header and sets are as capget(2) has them for this version.
+    unsafe {
+        assert_eq!(libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()), 0);
+        for set in &mut sets[..3] {
+            *set &= !(1 << CAP_MKNOD);
+        }
+        assert_eq!(libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()), 0);
+    }
+}
+
+#[test]
+fn where_no_node_can_be_made_the_hosts_is_put_there_if_it_is_the_same_device() {
+    on_a_host(|host| {
+        let device =
+            |path: &str, kind: &str, minor: u32| json!({"path": path, "type": kind, "major": 1, "minor": minor});
+        let devices = json!([device("/dev/zero", "c", 5), {"path": "/dev/pipe", "type": "p"}]);
+        let root = planned(host, json!(usual()[..2]), json!({"devices": devices})).unwrap();
+        let trees = root.open().unwrap();
+        init(Space::Mounts, || {
+            drop_mknod();
+            let mounted = root.mount(trees).unwrap();
+            let proc = root.enter(mounted).unwrap();
+            for (path, minor) in [("/dev/zero", 5), ("/dev/null", 3)] {
+                let file = fs::metadata(path).unwrap();
+                assert!(file.file_type().is_char_device(), "{path}");
+                assert_eq!(file.rdev(), libc::makedev(1, minor), "{path}");
+                // It panics where nothing is mounted.
+                row(&proc, path);
+            }
+            fs::write("/dev/null", "x").unwrap();
+            assert!(fs::metadata("/dev/pipe").unwrap().file_type().is_fifo());
+        });
+        for (wrong, text) in [
+            (device("/dev/null", "c", 5), "the host's is another device"),
+            (device("/dev/null", "b", 3), "the host's is another device"),
+            (device("/dev/nowhere", "c", 3), "nor /dev/nowhere of the host be opened"),
+        ] {
+            let root = planned(host, json!(usual()[..2]), json!({"devices": [wrong]})).unwrap();
+            let trees = root.open().unwrap();
+            init(Space::Mounts, || {
+                drop_mknod();
+                let error = root.mount(trees).unwrap_err().to_string();
+                assert!(
+                    error.starts_with("linux.devices[0]: /dev/n") && error.contains(text),
+                    "{error}"
+                );
+            });
+        }
+    });
+}
+
 #[test]
 fn nothing_is_made_in_the_hosts_dev() {
     on_a_host(|host| {
