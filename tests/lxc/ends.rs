@@ -1,55 +1,87 @@
 //! Monitors and inits that end or stand still when nobody expects it.
 
+use std::{
+    io::{Read, Write},
+    os::unix::fs::OpenOptionsExt,
+};
+
 use super::*;
 
+/// Kills the monitor of `a`, and waits for its end.
+async fn loses_its_monitor() {
+    let monitor = monitor("a");
+    send(monitor, libc::SIGKILL);
+    until("the monitor's end", || (!lives(monitor)).then_some(())).await;
+}
+
 #[test]
-fn a_monitor_that_is_killed_costs_no_exit_and_leaves_nothing() {
+fn a_container_that_was_started_outlives_its_monitor_and_its_exit_is_known() {
     lxc(async |daemon| {
-        for started in [true, false] {
+        for (killed, status) in [(true, 137), (false, 3)] {
             let known = daemon.told().len();
-            let (pod, a) = pod(daemon, &FOREVER).await;
-            let pid = pod.create(&a, &Io::none()).await.unwrap();
-            if started {
-                pod.start_process("a", "").await.unwrap();
-            }
-            send(monitor("a"), libc::SIGKILL);
-            // It may have taken the container along, now or soon, or not.
-            if let Err(refusal) = pod.kill("a", "", libc::SIGKILL, false).await {
-                assert_eq!(refusal.code, Code::NOT_FOUND, "{}", refusal.text);
-            }
-            assert_eq!(pod.wait("a", "").await.unwrap(), 137);
-            assert!(!lives(pid), "its init lives");
+            let (pod, a) = pod(daemon, &shell("while read line; do echo $line; done; exit 3")).await;
+            let io = Io::fifos(&a.path, "init");
+            let mut stdout = fs::OpenOptions::new();
+            let mut stdout = stdout
+                .read(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(&io.stdout)
+                .unwrap();
+            let mut stdin = io.open_stdin();
+            let pid = pod.run(&a, &io).await;
+            loses_its_monitor().await;
+            // A signal of its death is there before its end is seen: what can still answer, lives on.
+            stdin.write_all(b"here\n").unwrap();
+            let mut answer = [0; 5];
+            until("init answers", || {
+                stdout.read(&mut answer).ok().filter(|read| *read > 0)
+            })
+            .await;
+            assert_eq!(&answer, b"here\n");
             let state = pod.state("a", "").await.unwrap();
-            assert_eq!(
-                (state.status, state.pid, state.exit_status),
-                (Status::STOPPED.into(), pid, 137)
-            );
-            daemon.hears_after(known, "exit a 137").await;
-            is_deleted_clean(daemon, pod, &a, 137).await;
-            assert_eq!(exits(daemon, known), ["exit a 137", "exit a 0"]);
+            assert_eq!((state.status, state.pid), (Status::RUNNING.into(), pid));
+            assert_eq!(pod.pids("a").await.unwrap().into_keys().collect::<Vec<_>>(), [pid]);
+            pod.exec("a", "e1", &process(&["true"]), &Io::none()).await.unwrap();
+            pod.start_process("a", "e1").await.unwrap();
+            assert_eq!(pod.wait("a", "e1").await.unwrap(), 0);
+            assert_eq!(tool("lxc-info", &["-n", "a", "-sH"]).await, "STOPPED\n");
+            assert_eq!(exits(daemon, known), ["exit e1 0"]);
+            assert!(lives(pid), "its init has gone along");
+            match killed {
+                true => pod.kill("a", "", libc::SIGKILL, false).await.unwrap(),
+                false => {
+                    drop(stdin);
+                    pod.close_stdin("a", "").await.unwrap();
+                }
+            }
+            assert_eq!(pod.wait("a", "").await.unwrap(), status);
+            daemon.hears_after(known, &format!("exit a {status}")).await;
+            is_deleted_clean(daemon, pod, &a, status).await;
+            let told = exits(daemon, known);
+            assert_eq!(told, ["exit e1 0", &format!("exit a {status}"), "exit a 0"]);
         }
     });
 }
 
 #[test]
-fn the_state_agrees_with_the_kernel_after_the_monitor_was_killed() {
+fn a_container_that_was_not_started_ends_with_its_monitor() {
     lxc(async |daemon| {
-        let (pod, a) = pod(daemon, &FOREVER).await;
-        let pid = pod.run(&a, &Io::none()).await;
-        let monitor = monitor("a");
-        send(monitor, libc::SIGKILL);
-        until("the monitor's end", || (!lives(monitor)).then_some(())).await;
-        // Whether the container goes on is LXC's affair; what contradicts the kernel is an end that is not told yet.
-        until_told("state and kernel agree", async || {
-            ((pod.status("a").await == Status::RUNNING) == lives(pid)).then_some(())
-        })
-        .await;
-        if lives(pid) {
-            assert_eq!(pod.pids("a").await.unwrap().into_keys().collect::<Vec<_>>(), [pid]);
-            pod.kill("a", "", libc::SIGKILL, false).await.unwrap();
-        }
+        let (pod, a) = pod(daemon, &["touch", "/ran"]).await;
+        let pid = pod.create(&a, &Io::none()).await.unwrap();
+        loses_its_monitor().await;
         assert_eq!(pod.wait("a", "").await.unwrap(), 137);
+        assert!(!lives(pid), "its init lives");
+        let state = pod.state("a", "").await.unwrap();
+        assert_eq!(
+            (state.status, state.pid, state.exit_status),
+            (Status::STOPPED.into(), pid, 137)
+        );
+        let refusal = pod.start_process("a", "").await.unwrap_err();
+        assert_eq!(refusal.code, Code::FAILED_PRECONDITION, "{}", refusal.text);
+        assert!(!a.path.join("upper/ran").exists());
+        daemon.hears("exit a 137").await;
         is_deleted_clean(daemon, pod, &a, 137).await;
+        assert_eq!(exits(daemon, 0), ["exit a 137", "exit a 0"]);
     });
 }
 
