@@ -28,7 +28,7 @@ struct Killer {
 
 impl Killer {
     /// Whoever comes to its own `step`th of [`STEPS`] is sent SIGKILL there.
-    fn of(pod: &Pod, step: usize, log: PathBuf) -> Self {
+    async fn of(pod: &Pod, step: usize, log: PathBuf) -> Self {
         let mut strace = Command::new("strace")
             .args([
                 "-f",
@@ -48,10 +48,11 @@ impl Killer {
             .unwrap();
         let traced = format!("TracerPid:\t{}", strace.id());
         let status = format!("/proc/{}/status", pod.pid);
-        while !fs::read_to_string(&status).unwrap().contains(&traced) {
+        until("strace attaches", || {
             assert!(strace.try_wait().unwrap().is_none(), "strace does not attach");
-            std::thread::yield_now();
-        }
+            fs::read_to_string(&status).unwrap().contains(&traced).then_some(())
+        })
+        .await;
         Self { strace, log }
     }
 
@@ -93,7 +94,7 @@ async fn killed_at(daemon: &Daemon, step: usize) -> bool {
     let bound = patience(4).as_millis();
     pod.options = Some(options(&format!("backend = \"lxc\"\nruntime_timeout_ms = {bound}")));
     let io = Io::fifos(&a.path, "init");
-    let killer = Killer::of(&pod, step, daemon.folder.join("strace"));
+    let killer = Killer::of(&pod, step, daemon.folder.join("strace")).await;
     let (shim, pid) = (pod.pidfd(), pod.pid);
     let lived = lives_and_ends(&pod, &a, &io).await;
     if lived.is_err() {

@@ -221,9 +221,6 @@ fn cgroups_that_a_crash_has_left_are_taken_and_all_are_removed() {
 #[test]
 fn a_monitors_cgroup_in_which_others_live_is_refused_and_they_live_on() {
     lxc(async |daemon| {
-        if universe::by_systemd() {
-            return;
-        }
         let (pod, a) = pod(daemon, &shell("echo fine")).await;
         let hierarchy = match cgroup_v2() {
             true => "/sys/fs/cgroup",

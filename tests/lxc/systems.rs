@@ -34,7 +34,7 @@ fn as_a_system(a: &mut Bundle, more: &[&str]) {
 }
 
 /// A container whose init is busybox's, with a line of what it does when the system ends.
-fn with_busybox_init(a: &mut Bundle, more: &[&str]) {
+pub(super) fn with_busybox_init(a: &mut Bundle, more: &[&str]) {
     let upper = a.path.join("upper");
     fs::create_dir_all(upper.join("sbin")).unwrap();
     fs::create_dir_all(upper.join("etc")).unwrap();
@@ -274,17 +274,23 @@ fn a_debian_with_systemd_boots_manages_its_cgroup_and_is_halted() {
     });
 }
 
-/// Waits until systemd says that all is started.
+/// Waits until systemd has started all that it shall, and asserts that nothing of it has failed.
 async fn boots(pod: &Pod, a: &Bundle) {
     let mut number = 0;
-    until_told("systemd has booted", async || {
+    let state = until_told("systemd has booted", async || {
         number += 1;
         let exec = format!("boots{number}");
         let (_, state) = says(pod, a, &exec, &["systemctl", "is-system-running", "--wait"]).await;
+        let state = state.trim().to_owned();
         // Anything else: it does not listen yet.
-        matches!(state.trim(), "running" | "degraded").then_some(())
+        matches!(state.as_str(), "running" | "degraded" | "maintenance").then_some(state)
     })
     .await;
+    if state != "running" {
+        let list = ["systemctl", "--failed", "--plain", "--no-legend", "--no-pager"];
+        let (_, failed) = says(pod, a, "failed", &list).await;
+        panic!("systemd is {state}: {failed}");
+    }
 }
 
 // ---- what is missing ---------------------------------------------------------------------------------------------------------------
