@@ -54,8 +54,8 @@ use support::{
     leaks::LXC_PATH,
     patience::patience,
     pod::{
-        Bundle, Daemon, FOREVER, Io, NAMESPACE, Pod, SHIM, Start, WHOLE, appears, busybox, cgroup_v2, delete_dead,
-        deleted, options, process, refused, run_shim, shell, until, until_told,
+        Bundle, Daemon, FOREVER, Io, NAMESPACE, Pod, Refused, SHIM, Start, WHOLE, appears, busybox, cgroup_v2,
+        delete_dead, deleted, options, process, refused, run_shim, shell, until, until_told,
     },
     universe,
 };
@@ -188,6 +188,86 @@ fn a_missing_liblxc_is_told_by_its_package_and_hinders_no_other_backend() {
         }
         refused(pod.state("a", "").await, Code::NOT_FOUND, "container not created");
         pod.options = on("crun");
+        runs(&pod, &a).await;
+        pod.shutdown().await;
+    });
+}
+
+/// The shim without what it needs beside it.
+#[test]
+fn a_missing_helper_is_told_by_its_path_and_hinders_no_other_backend() {
+    lxc(async |daemon| {
+        let bin = daemon.folder.join("bin");
+        fs::create_dir(&bin).unwrap();
+        let [shim, helper] =
+            [Path::new(SHIM).file_name().unwrap(), backend::LXC_INIT.as_ref()].map(|name| bin.join(name));
+        let installed = Path::new(SHIM).with_file_name(backend::LXC_INIT);
+        fs::copy(SHIM, &shim).unwrap();
+        let start = Start {
+            program: Some(shim),
+            ..Start::default()
+        };
+        let a = daemon.bundle("a", &shell("echo fine"));
+        let mut pod = Pod::start_with(daemon, &a, &start).await;
+        pod.options = on(BACKEND);
+        let missing = format!(
+            "{} does not exist; the backend lxc needs it beside this program: make install",
+            helper.display()
+        );
+        refused(pod.create(&a, &Io::none()).await, Code::FAILED_PRECONDITION, &missing);
+        refused(pod.state("a", "").await, Code::NOT_FOUND, "container not created");
+        pod.options = on("crun");
+        runs(&pod, &a).await;
+        pod.options = on(BACKEND);
+        fs::copy(&installed, &helper).unwrap();
+        runs(&pod, &daemon.bundle("later", &shell("echo fine"))).await;
+        // Gone while a container runs, which can be ended and deleted without.
+        let b = daemon.bundle("b", &FOREVER);
+        let pid = pod.run(&b, &Io::none()).await;
+        fs::remove_file(&helper).unwrap();
+        pod.exec("b", "e1", &process(&["true"]), &Io::none()).await.unwrap();
+        refused(pod.start_process("b", "e1").await, Code::FAILED_PRECONDITION, &missing);
+        assert_eq!(pod.status("b").await, Status::RUNNING);
+        pod.end("b").await;
+        fs::remove_dir_all(&b.path).unwrap();
+        // Also by who comes after a shim that has died.
+        fs::copy(&installed, &helper).unwrap();
+        let c = daemon.bundle("c", &FOREVER);
+        assert_ne!(pod.run(&c, &Io::none()).await, pid);
+        fs::remove_file(&helper).unwrap();
+        pod.dies().await;
+        for bundle in [&c, &a] {
+            deleted(&run_shim(daemon, bundle, &start, "delete")).unwrap();
+        }
+        daemon.assert_nothing_left();
+    });
+}
+
+#[test]
+fn a_cgroup_that_the_backend_cannot_make_is_refused_by_name_and_nothing_is_left() {
+    lxc(async |daemon| {
+        let (mut pod, mut a) = pod(daemon, &shell("echo fine")).await;
+        let path = a.spec["linux"]["cgroupsPath"].clone();
+        for root in ["/", "//", "/."] {
+            a.spec["linux"]["cgroupsPath"] = root.into();
+            let text = "linux.cgroupsPath is the root of the hierarchy; an LXC container needs its own";
+            refused(pod.create(&a, &Io::none()).await, Code::INVALID_ARGUMENT, text);
+        }
+        // As CRI asks for it, where systemd manages the cgroups.
+        pod.options = Some(options(&format!("backend = \"{BACKEND}\"\nsystemd_cgroup = true")));
+        a.spec["linux"]["cgroupsPath"] = "system.slice:lxcri:a".into();
+        let text = match cgroup_v2() {
+            true => {
+                a.spec["process"]["args"] = json!(["/sbin/init"]);
+                "runs a whole system (systemd, OpenRC, …) in no scope of systemd's; set systemd_cgroup = false"
+            }
+            false => "makes systemd's scopes on cgroup v2 alone; set systemd_cgroup = false, or use the backend crun",
+        };
+        refused(pod.create(&a, &Io::none()).await, Code::UNIMPLEMENTED, text);
+        refused(pod.state("a", "").await, Code::NOT_FOUND, "container not created");
+        pod.options = on(BACKEND);
+        a.spec["linux"]["cgroupsPath"] = path;
+        a.spec["process"]["args"] = json!(shell("echo fine"));
         runs(&pod, &a).await;
         pod.shutdown().await;
     });
@@ -356,6 +436,82 @@ fn an_exec_has_its_own_user_capabilities_and_limits_with_and_without_a_terminal(
         }
         pod.end("a").await;
         pod.shutdown().await;
+    });
+}
+
+/// What comes of a Create and of the Start of an exec on `backend`, for a process that `change` has made one that cannot run.
+async fn refusals(daemon: &Daemon, backend: &str, change: fn(&mut serde_json::Value)) -> [Option<(Code, String)>; 2] {
+    let mut a = daemon.bundle("a", &FOREVER);
+    let upper = a.path.join("upper");
+    fs::create_dir(upper.join("folder")).unwrap();
+    fs::write(upper.join("file"), "#!/bin/sh\n").unwrap();
+    fs::set_permissions(upper.join("file"), fs::Permissions::from_mode(0o644)).unwrap();
+    let works = a.spec["process"].clone();
+    let mut pod = Pod::start(daemon, &a).await;
+    pod.options = on(backend);
+    change(&mut a.spec["process"]);
+    let fails = std::mem::replace(&mut a.spec["process"], works);
+    pod.run(&a, &Io::none()).await;
+    pod.exec("a", "e1", &fails, &Io::none()).await.unwrap();
+    let exec = pod.start_process("a", "e1").await.err();
+    pod.end("a").await;
+    a.spec["process"] = fails;
+    let create = pod.create(&a, &Io::none()).await.err();
+    if create.is_none() {
+        pod.delete("a", "").await.unwrap();
+    }
+    pod.shutdown().await;
+    fs::remove_dir_all(&a.path).unwrap();
+    let args = &a.spec["process"]["args"];
+    let told = |refusal: Refused| (refusal.code, as_any_crun_says(&refusal.text, args[0].as_str().unwrap()));
+    [create.map(told), exec.map(told)]
+}
+
+/// An error about `program` in the words of crun 1.21, also one in those of 1.8.1 (libcrun's utils.c, `find_executable`, and linux.c,
+/// `libcrun_safe_chdir`): where crun itself has changed its words, the backend LXC has those of one of its versions.
+fn as_any_crun_says(text: &str, program: &str) -> String {
+    text.replace(
+        "open executable: Operation not permitted",
+        &format!("the path `{program}` is not a regular file: Operation not permitted"),
+    )
+    .replace(
+        "open executable: Permission denied",
+        &format!("the path `{program}` exists but it is not executable: Operation not permitted"),
+    )
+    .replace("failed: chdir `", "failed: chdir to `")
+}
+
+/// Clients match these texts.
+#[test]
+fn a_process_that_cannot_run_is_told_in_the_same_words_as_with_crun() {
+    lxc(async |daemon| {
+        type Change = fn(&mut serde_json::Value);
+        let cases: [(&str, Change); 8] = [
+            ("no such name", |process| process["args"] = json!(["no-such-program"])),
+            ("no such path", |process| process["args"] = json!(["/no/such/program"])),
+            ("a folder", |process| process["args"] = json!(["/folder"])),
+            ("not executable", |process| process["args"] = json!(["/file"])),
+            ("not executable, by name", |process| {
+                process["args"] = json!(["file"]);
+                process["env"] = json!(["PATH=/folder:/:/bin"]);
+            }),
+            // Made for a container, and not for an exec.
+            ("no such cwd", |process| process["cwd"] = "/no/such/folder".into()),
+            ("a cwd that is a file", |process| process["cwd"] = "/file".into()),
+            ("a cwd below a file", |process| process["cwd"] = "/file/folder".into()),
+        ];
+        let mut different = Vec::new();
+        for (case, change) in cases {
+            let crun = refusals(daemon, "crun", change).await;
+            let lxc = refusals(daemon, BACKEND, change).await;
+            assert!(lxc[1].is_some(), "{case}: the exec runs");
+            for (call, crun, lxc) in [("create", &crun[0], &lxc[0]), ("exec", &crun[1], &lxc[1])] {
+                if crun != lxc {
+                    different.push(format!("{case}, {call}:\n  crun {crun:?}\n  LXC  {lxc:?}"));
+                }
+            }
+        }
+        assert!(different.is_empty(), "{}", different.join("\n"));
     });
 }
 
