@@ -785,6 +785,7 @@ fn classify(id: &str, status: u32, errors: &[String]) -> Error {
         Kind::ResourceExhausted
     } else if starts("error loading config.json")
         || starts("chdir `")
+        || starts("chdir to `")
         || starts("invalid USERSPEC")
         || starts("cannot parse the data")
     {

@@ -269,6 +269,14 @@ fn the_wrapped_reason_of_a_newer_crun_is_understood() {
     assert_eq!(from_log(1, log).0, Kind::NotFound);
 }
 
+/// Not recorded but read in the source of crun 1.21 (linux.c, libcrun_safe_chdir).
+#[test]
+fn the_words_of_crun_1_21_for_a_working_folder_are_understood() {
+    let log = r#"{"msg":"chdir to `/none`: No such file or directory","level":"error"}"#;
+    let text = "chdir to `/none`: No such file or directory".to_owned();
+    assert_eq!(from_log(1, log), (Kind::InvalidArgument, text));
+}
+
 #[test]
 fn a_program_cannot_choose_the_kind_of_its_error() {
     let log = r#"{"msg":"executable file `x` already exists` not found in $PATH: No such file or directory","level":"error"}"#;
