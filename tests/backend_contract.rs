@@ -16,6 +16,7 @@ mod support {
     )]
 
     pub(crate) mod backend;
+    pub(crate) mod drive;
     pub(crate) mod image;
     pub(crate) mod leaks;
     pub(crate) mod patience;
@@ -41,12 +42,12 @@ use containerd_shim_protos::{
 use serde_json::json;
 use support::{
     backend,
+    drive::alone,
     patience::patience,
     pod::{
-        Bundle, Daemon, FOREVER, Io, NAMESPACE, Pod, Reading, Start, WHOLE, appears, mount, options, process, refused,
-        shell, until,
+        Bundle, Daemon, FOREVER, Io, NAMESPACE, Pod, Reading, Start, appears, mount, options, process, refused, shell,
+        until,
     },
-    universe,
 };
 
 /// Runs a test once for each backend, one test at a time, and asserts that nothing is left behind.
@@ -62,21 +63,7 @@ fn crun_alone<F: AsyncFn(&mut Daemon, &str)>(test: F) {
 }
 
 fn on<F: AsyncFn(&mut Daemon, &str)>(backends: &[&'static str], test: F) {
-    universe::token();
-    static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    backend::each(backends, |backend| {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(async {
-            let mut daemon = Daemon::new().await;
-            let ended = tokio::time::timeout(*WHOLE, test(&mut daemon, backend)).await;
-            assert!(ended.is_ok(), "not done after {:?}", *WHOLE);
-            daemon.ends().await;
-        });
-    });
+    backend::each(backends, |backend| alone(async |daemon| test(daemon, backend).await));
 }
 
 /// A pod on `backend` with its first bundle.

@@ -62,7 +62,6 @@ fn while_hooks_of_create_run() {
             a.spec["hooks"][hook] = gate.hook();
             let _held = gate.holds(pod.create(&a, &Io::none())).await;
             dies(daemon, stub, pod, &[(&a, 0, 137)]).await;
-            fs::remove_dir_all(&a.path).unwrap();
         }
     });
 }
@@ -100,7 +99,6 @@ fn before_and_after_crun_has_started() {
             };
             let _held = gate.holds(pod.start_process("a", "")).await;
             dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
-            fs::remove_dir_all(&a.path).unwrap();
         }
     });
 }
@@ -162,7 +160,6 @@ fn before_and_after_crun_has_made_an_exec() {
             };
             let _held = gate.holds(pod.start_process("a", "e1")).await;
             dies(daemon, stub, pod, &[(&a, pid, 137)]).await;
-            fs::remove_dir_all(&a.path).unwrap();
         }
     });
 }
@@ -225,7 +222,6 @@ fn before_and_after_crun_has_deleted() {
             daemon.assert_nothing_left();
             drop(held);
             the_next_works(daemon, stub, &a).await;
-            fs::remove_dir_all(&a.path).unwrap();
         }
     });
 }
@@ -287,7 +283,6 @@ fn while_hooks_of_start_and_delete_run() {
                 gate.holds(pod.start_process("a", "")).await
             };
             dies(daemon, stub, pod, &[(&a, pid, status)]).await;
-            fs::remove_dir_all(&a.path).unwrap();
         }
     });
 }
@@ -340,9 +335,6 @@ fn with_a_pod_of_two_that_share_their_pids() {
                 containers.reverse();
             }
             dies(daemon, stub, pod, &containers).await;
-            for bundle in &bundles {
-                fs::remove_dir_all(&bundle.path).unwrap();
-            }
         }
     });
 }
@@ -398,7 +390,6 @@ fn with_a_pod_of_which_containerd_has_forgotten_all_but_the_sandbox() {
             assert_eq!((response.pid, response.exit_status), (pids[0], 137));
             daemon.assert_nothing_left();
             the_next_works(daemon, stub, &sandbox).await;
-            fs::remove_dir_all(&sandbox.path).unwrap();
         }
     });
 }

@@ -23,6 +23,7 @@ mod support {
     #![allow(dead_code, reason = "each test file uses another part of the harness")]
 
     pub(crate) mod backend;
+    pub(crate) mod drive;
     pub(crate) mod gate;
     pub(crate) mod image;
     pub(crate) mod leaks;
@@ -43,8 +44,8 @@ use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
 use support::{
     backend,
-    pod::{Bundle, Daemon, FOREVER, Io, Pod, WHOLE, appears, options, shell, until, until_told},
-    universe,
+    drive::{self, alone, it_works, lives, send},
+    pod::{Bundle, Daemon, FOREVER, Pod, appears, options, shell, until, until_told},
 };
 
 /// Runs a test on each backend, one at a time, and asserts that nothing is left behind.
@@ -67,20 +68,10 @@ fn fault_of_lxc<F: AsyncFn(&mut Daemon, &Stub)>(test: F) {
 }
 
 fn on<F: AsyncFn(&mut Daemon, &Stub)>(backends: &[&'static str], test: F) {
-    universe::token();
-    static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     backend::each(backends, |backend| {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(async {
-            let mut daemon = Daemon::new().await;
-            let stub = Stub::new(&daemon, backend);
-            let ended = tokio::time::timeout(*WHOLE, test(&mut daemon, &stub)).await;
-            assert!(ended.is_ok(), "not done after {:?}", *WHOLE);
-            daemon.ends().await;
+        alone(async |daemon| {
+            let stub = Stub::new(daemon, backend);
+            test(daemon, &stub).await;
         });
     });
 }
@@ -256,36 +247,8 @@ async fn pod(daemon: &Daemon, stub: &Stub, args: &[&str]) -> (Pod, Bundle) {
     (pod, bundle)
 }
 
-/// A container of the same id, in a bundle of its own as containerd makes it, runs from start to end.
+/// A container of the same id works, once there is no fault any more.
 async fn the_next_works(daemon: &Daemon, stub: &Stub, former: &Bundle) {
     stub.heal();
-    // Fails where something is mounted.
-    fs::remove_dir_all(&former.path).unwrap();
-    let bundle = daemon.bundle(&former.id, &["sh", "-c", "echo fine"]);
-    let mut pod = Pod::start(daemon, &bundle).await;
-    pod.options = stub.options("");
-    it_works(&pod, &bundle).await;
-    pod.shutdown().await;
-}
-
-/// A container that prints "fine" runs from Create to Delete.
-async fn it_works(pod: &Pod, bundle: &Bundle) {
-    let io = Io::fifos(&bundle.path, "next");
-    let stdout = io.read_stdout();
-    pod.run(bundle, &io).await;
-    assert_eq!(pod.wait(&bundle.id, "").await.unwrap(), 0);
-    assert_eq!(stdout.text().await, "fine\n");
-    pod.delete(&bundle.id, "").await.unwrap();
-}
-
-/// SIGKILL, SIGTERM, … to a process of the universe.
-fn send(pid: u32, signal: i32) {
-    // SAFETY: the pid is of the tests' private pid namespace.
-    let result = unsafe { libc::kill(pid.cast_signed(), signal) };
-    assert_eq!(result, 0, "kill {pid}: {}", std::io::Error::last_os_error());
-}
-
-fn lives(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.starts_with(" Z"))
+    drive::the_next_works(daemon, former, stub.options("")).await;
 }

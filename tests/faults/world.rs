@@ -19,6 +19,7 @@ use containerd_shim_protos::{
 use crate::{
     FOREVER, Stub, fault, it_works, lives, pod, send, shell,
     support::{
+        drive::remove_locks_of,
         pod::{Bundle, Daemon, Io, Pod, cgroup_v2, delete_dead, is_mounted, process, refused},
         universe,
     },
@@ -160,18 +161,9 @@ fn a_full_disk_under_the_state_of_the_backend_fails_a_create_which_leaves_nothin
         pod.shutdown().await;
         tiny.goes();
         if !stub.is_crun() {
-            // The folders of liblxc's locks for each path, which it shares with LXC's tools; the locks themselves may not stay.
-            remove_empty(&Path::new("/run/lxc/lock").join(root.strip_prefix("/").unwrap()));
+            remove_locks_of(&root);
         }
     });
-}
-
-/// Removes a folder and those above it, below that of liblxc's locks, as far as they are empty.
-fn remove_empty(folder: &Path) {
-    let below = |folder: &&Path| *folder != Path::new("/run/lxc/lock");
-    for folder in folder.ancestors().take_while(below) {
-        let _ = fs::remove_dir(folder);
-    }
 }
 
 // ---- streams -----------------------------------------------------------------------------------------------------------------------
@@ -435,7 +427,6 @@ fn a_stranger_in_the_cgroup_does_not_hinder_delete() {
             }
             daemon.assert_nothing_left();
             the_next_works(daemon, stub, &a).await;
-            fs::remove_dir_all(&a.path).unwrap();
         }
     });
 }
@@ -461,7 +452,6 @@ fn a_rootfs_that_somebody_uses_does_not_hinder_delete() {
             user.wait().unwrap();
             daemon.assert_nothing_left();
             the_next_works(daemon, stub, &a).await;
-            fs::remove_dir_all(&a.path).unwrap();
         }
     });
 }
@@ -588,7 +578,6 @@ fn a_frozen_container_of_a_dead_shim_is_deleted_also_without_crun() {
             assert_eq!(delete_dead(daemon, &a).unwrap().pid, pid);
             daemon.assert_nothing_left();
             the_next_works(daemon, stub, &a).await;
-            fs::remove_dir_all(&a.path).unwrap();
         }
     });
 }

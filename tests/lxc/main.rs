@@ -16,6 +16,7 @@ mod support {
     )]
 
     pub(crate) mod backend;
+    pub(crate) mod drive;
     pub(crate) mod gate;
     pub(crate) mod image;
     pub(crate) mod leaks;
@@ -50,12 +51,13 @@ use containerd_shim_protos::{
 use serde_json::json;
 use support::{
     backend,
+    drive::{self, alone, it_works as runs, lives, remove_locks_of, send},
     gate::FileGate,
     leaks::LXC_PATH,
     patience::patience,
     pod::{
-        Bundle, Daemon, FOREVER, Io, NAMESPACE, Pod, Refused, SHIM, Start, WHOLE, appears, busybox, cgroup_v2,
-        delete_dead, deleted, options, process, refused, run_shim, shell, until, until_told,
+        Bundle, Daemon, FOREVER, Io, NAMESPACE, Pod, Refused, SHIM, Start, appears, busybox, cgroup_v2, delete_dead,
+        deleted, options, process, refused, run_shim, shell, until, until_told,
     },
     universe,
 };
@@ -65,20 +67,8 @@ const BACKEND: &str = "lxc";
 const SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
 
 /// Runs a test, one at a time, and asserts that nothing is left behind.
-fn lxc<F: AsyncFn(&mut Daemon)>(test: F) {
-    universe::token();
-    static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(async {
-        let mut daemon = Daemon::new().await;
-        let ended = tokio::time::timeout(*WHOLE, test(&mut daemon)).await;
-        assert!(ended.is_ok(), "not done after {:?}", *WHOLE);
-        daemon.ends().await;
-    });
+fn lxc(test: impl AsyncFnOnce(&mut Daemon)) {
+    alone(test);
 }
 
 fn on(backend: &str) -> Option<Any> {
@@ -93,15 +83,6 @@ async fn pod(daemon: &Daemon, args: &[&str]) -> (Pod, Bundle) {
     (pod, bundle)
 }
 
-/// Removes the folders of liblxc's locks for an lxcpath, which it shares with the tools; the locks themselves may not stay.
-fn remove_locks_of(lxc_path: &Path) {
-    let locks = Path::new("/run/lxc/lock");
-    let own = locks.join(lxc_path.strip_prefix("/").unwrap());
-    for folder in own.ancestors().take_while(|folder| *folder != locks) {
-        let _ = fs::remove_dir(folder);
-    }
-}
-
 /// The output of one of LXC's tools, which succeeds. Meanwhile events are taken.
 async fn tool(program: &str, arguments: &[&str]) -> String {
     let mut command = Command::new(program);
@@ -112,18 +93,6 @@ async fn tool(program: &str, arguments: &[&str]) -> String {
     let [stdout, stderr] = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
     assert!(output.status.success(), "{program} {arguments:?}: {stdout}{stderr}");
     stdout
-}
-
-/// SIGKILL, SIGSTOP, … to a process of the universe.
-fn send(pid: u32, signal: i32) {
-    // SAFETY: the pid is of the tests' private pid namespace.
-    let result = unsafe { libc::kill(pid.cast_signed(), signal) };
-    assert_eq!(result, 0, "kill {pid}: {}", std::io::Error::last_os_error());
-}
-
-fn lives(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.starts_with(" Z"))
 }
 
 /// The process that waits for the container's init.
@@ -151,24 +120,7 @@ async fn is_deleted_clean(daemon: &Daemon, pod: Pod, a: &Bundle, status: u32) {
 }
 
 async fn the_next_works(daemon: &Daemon, former: &Bundle) {
-    // Fails where something is mounted.
-    fs::remove_dir_all(&former.path).unwrap();
-    let next = daemon.bundle(&former.id, &shell("echo fine"));
-    let mut pod = Pod::start(daemon, &next).await;
-    pod.options = on(BACKEND);
-    runs(&pod, &next).await;
-    pod.shutdown().await;
-    fs::remove_dir_all(&next.path).unwrap();
-}
-
-/// A container that prints "fine" runs from Create to Delete.
-async fn runs(pod: &Pod, bundle: &Bundle) {
-    let io = Io::fifos(&bundle.path, "runs");
-    let stdout = io.read_stdout();
-    pod.run(bundle, &io).await;
-    assert_eq!(pod.wait(&bundle.id, "").await.unwrap(), 0);
-    assert_eq!(stdout.text().await, "fine\n");
-    pod.delete(&bundle.id, "").await.unwrap();
+    drive::the_next_works(daemon, former, on(BACKEND)).await;
 }
 
 // ---- LXC's tools -----------------------------------------------------------------------------------------------------------------
