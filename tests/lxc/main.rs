@@ -207,19 +207,19 @@ fn a_cgroup_that_the_backend_cannot_make_is_refused_by_name_and_nothing_is_left(
         }
         // As CRI asks for it, where systemd manages the cgroups.
         pod.options = Some(options(&format!("backend = \"{BACKEND}\"\nsystemd_cgroup = true")));
-        a.spec["linux"]["cgroupsPath"] = "system.slice:lxcri:a".into();
+        let mut b = daemon.bundle("b", &["/sbin/init"]);
+        systems::with_busybox_init(&mut b, &[]);
+        b.spec["linux"]["cgroupsPath"] = "system.slice:lxcri:b".into();
         let text = match cgroup_v2() {
-            true => {
-                a.spec["process"]["args"] = json!(["/sbin/init"]);
-                "runs a whole system (systemd, OpenRC, …) in no scope of systemd's; set systemd_cgroup = false"
-            }
+            true => "runs a whole system (systemd, OpenRC, …) in no scope of systemd's; set systemd_cgroup = false",
             false => "makes systemd's scopes on cgroup v2 alone; set systemd_cgroup = false, or use the backend crun",
         };
-        refused(pod.create(&a, &Io::none()).await, Code::UNIMPLEMENTED, text);
-        refused(pod.state("a", "").await, Code::NOT_FOUND, "container not created");
+        refused(pod.create(&b, &Io::none()).await, Code::UNIMPLEMENTED, text);
+        for id in ["a", "b"] {
+            refused(pod.state(id, "").await, Code::NOT_FOUND, "container not created");
+        }
         pod.options = on(BACKEND);
         a.spec["linux"]["cgroupsPath"] = path;
-        a.spec["process"]["args"] = json!(shell("echo fine"));
         runs(&pod, &a).await;
         pod.shutdown().await;
     });
@@ -292,6 +292,38 @@ fn a_shim_whose_program_was_replaced_makes_containers_as_before() {
         assert_eq!(pod.wait("c", "").await.unwrap(), 137);
         pod.delete("c", "").await.unwrap();
         pod.shutdown().await;
+    });
+}
+
+/// What a Start that failed has left is told by the helper that init is, and not by the one that is installed since.
+#[test]
+fn a_start_that_hangs_after_an_upgrade_leaves_a_container_that_was_not_started() {
+    lxc(async |daemon| {
+        let bin = daemon.folder.join("bin");
+        fs::create_dir(&bin).unwrap();
+        let [shim, helper] = [Path::new(SHIM), &Path::new(SHIM).with_file_name(backend::LXC_INIT)].map(|program| {
+            let copy = bin.join(program.file_name().unwrap());
+            fs::copy(program, &copy).unwrap();
+            copy
+        });
+        let start = Start {
+            program: Some(shim),
+            ..Start::default()
+        };
+        let mut a = daemon.bundle("a", &["touch", "/ran"]);
+        a.spec["hooks"]["startContainer"] = json!([{"path": "/bin/sleep", "args": ["sleep", "100000"]}]);
+        let mut pod = Pod::start_with(daemon, &a, &start).await;
+        pod.options = Some(options(&format!("backend = \"{BACKEND}\"\nruntime_timeout_ms = 1000")));
+        pod.create(&a, &Io::none()).await.unwrap();
+        fs::copy(&helper, bin.join("newer")).unwrap();
+        fs::rename(bin.join("newer"), &helper).unwrap();
+        let answer = pod.start_process("a", "").await;
+        refused(answer, Code::DEADLINE_EXCEEDED, "LXC was not done within 1000 ms");
+        assert_eq!(pod.status("a").await, Status::CREATED);
+        pod.delete("a", "").await.unwrap();
+        pod.shutdown().await;
+        assert_eq!(daemon.told(), ["create a", "exit a 137", "delete a 137"]);
+        assert!(!a.path.join("upper/ran").exists());
     });
 }
 
