@@ -122,8 +122,8 @@ fn whoever_is_killed_at_whatever_step_leaves_nothing() {
         while killed_at(daemon, step).await {
             step += stride;
         }
-        // A tracer that kills nobody would look as good.
-        assert!(step > 20, "only {step} steps");
+        // A tracer that kills nobody would look as good. There are fewer steps on cgroup v2, with its one hierarchy.
+        assert!(step > 10, "only {step} steps");
         assert!(Path::new(super::LXC_PATH).read_dir().unwrap().next().is_none());
     });
 }
