@@ -3,7 +3,7 @@
 use std::{
     ffi::CString,
     os::{
-        fd::{AsFd, FromRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::Path,
@@ -26,13 +26,7 @@ impl FileGate {
             assert!(gate >= 0, "{}", std::io::Error::last_os_error());
             let gate = OwnedFd::from_raw_fd(gate);
             let (add, what) = (libc::FAN_MARK_ADD, libc::FAN_OPEN_PERM);
-            let marked = libc::fanotify_mark(
-                std::os::fd::AsRawFd::as_raw_fd(&gate),
-                add,
-                what,
-                libc::AT_FDCWD,
-                path.as_ptr(),
-            );
+            let marked = libc::fanotify_mark(gate.as_raw_fd(), add, what, libc::AT_FDCWD, path.as_ptr());
             assert_eq!(marked, 0, "{}: {}", file.display(), std::io::Error::last_os_error());
             Self(gate)
         }
