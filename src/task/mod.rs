@@ -34,7 +34,7 @@ use crate::{
     config::{self, Options},
     error::{Error, Result},
     host::{
-        cgroup::Cgroup,
+        cgroup::{self, Cgroup},
         command::{self, Reaper},
     },
     rootfs::Mount,
@@ -157,6 +157,7 @@ impl Engine {
         if self.task(&request.id).is_ok() {
             return Err(Error::already_exists(format!("task {}", request.id)));
         }
+        cgroup::expect_a_join();
         let bundle = Bundle::read(&request.bundle)?;
         let runtime = config::Any {
             type_url: &request.options.type_url,

@@ -21,7 +21,8 @@ mod watch;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    fs,
+    io::{self, Write as _},
     path::{Path, PathBuf},
 };
 
@@ -33,6 +34,9 @@ use crate::error::{Context, Error, Result, kind_of_io};
 
 /// Where the hierarchies are mounted by convention; crun looks nowhere else.
 const ROOT: &str = "/sys/fs/cgroup";
+
+/// The stack of a thread that reads and writes one small file.
+const STACK_BYTES: usize = 32 << 10;
 
 /// The name under which the v2 hierarchy of a hybrid host is kept beside the v1 controllers.
 const UNIFIED: &str = "unified";
@@ -184,6 +188,40 @@ pub fn join(path: &str, pid: u32) -> Result<()> {
         )));
     }
     Host::read()?.join(&below, pid)
+}
+
+/// Begins, in the background, what the kernel lets the next process wait for that changes its cgroup.
+///
+/// After some idle time that is a grace period of RCU, several milliseconds on a machine with a few processors (the lock
+/// `cgroup_threadgroup_rwsem`, a percpu_rw_semaphore): a large part of what a container's creation takes. So this process asks first,
+/// by going where it is. Whoever joins a cgroup soon finds the period over, or well under way.
+pub fn expect_a_join() {
+    let write = || {
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        // One hierarchy will do; the lock is the same for all. Without one, whoever joins waits as ever.
+        let _ = own_members(Path::new(ROOT), &own).find(|members| go(members).is_ok());
+    };
+    let _ = std::thread::Builder::new()
+        .name("cgroup".into())
+        .stack_size(STACK_BYTES)
+        .spawn(write);
+}
+
+/// Puts this process into the cgroup of a file `cgroup.procs`.
+fn go(members: &Path) -> io::Result<()> {
+    fs::OpenOptions::new().write(true).open(members)?.write_all(b"0")
+}
+
+/// Files `cgroup.procs` of the cgroups that a `/proc/<pid>/cgroup` names, where hierarchies are mounted by convention.
+fn own_members<'a>(root: &'a Path, own: &'a str) -> impl Iterator<Item = PathBuf> + use<'a> {
+    // One above the cgroup namespace is told as "/../x".
+    let hierarchies = parse::memberships(own).filter(|own| {
+        matches!(own.controllers, "" | "freezer" | "pids") && !own.path.split('/').any(|name| name == "..")
+    });
+    hierarchies.map(move |own| {
+        let path = own.path.trim_start_matches('/');
+        root.join(own.controllers).join(path).join("cgroup.procs")
+    })
 }
 
 /// How the hierarchies are mounted here, and where this process is in them.

@@ -1308,3 +1308,22 @@ fn a_memory_limit_below_the_use_is_refused_where_that_is_asked_for() {
     limit(false, 4096).unwrap();
     assert_eq!(fs::read_to_string(folder.path().join("memory.max")).unwrap(), "4096");
 }
+
+#[test]
+fn a_process_that_goes_where_it_is_stays_there() {
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+    let members = own_members(Path::new(ROOT), &own).find(|members| members.exists());
+    go(&members.expect("a hierarchy in its usual place")).unwrap();
+    assert_eq!(fs::read_to_string("/proc/self/cgroup").unwrap(), own);
+
+    let texts = "5:cpu,cpuacct:/a\n4:freezer:/b c\n3:pids:/../d\n1:name=systemd:/e\n0::/\n";
+    let found: Vec<_> = own_members(Path::new("/r"), texts).collect();
+    assert_eq!(
+        found,
+        [Path::new("/r/freezer/b c/cgroup.procs"), Path::new("/r/cgroup.procs")]
+    );
+    // Nothing is made of what is no hierarchy.
+    let folder = tempfile::tempdir().unwrap();
+    assert!(go(&folder.path().join("cgroup.procs")).is_err());
+    assert!(folder.path().read_dir().unwrap().next().is_none());
+}
