@@ -19,12 +19,15 @@ help: ## list the targets
 
 build: $(BIN)/$(SHIM) $(BIN)/$(INIT) ## build the release of the shim and of the init of its LXC containers, into target/bin
 
-# The shim at a fixed address, because relocated pages are each process's own (docs/decisions/0023). Its init static, because there is less
+# The shim at a fixed address and without other libraries than the C library, because relocated pages are each process's own and each
+# library takes every start of a shim longer (docs/decisions/0023). Its init static, because there is less
 # to load when a container begins, and nothing of the host to look for. Both in a place of their own: what cargo links for tests and
 # benchmarks into target/release is neither.
-SOURCES := Cargo.toml Cargo.lock build.rs $(shell find src proto -type f)
+SOURCES := Cargo.toml Cargo.lock build.rs $(shell find src proto packaging/link -type f)
 $(BIN)/$(SHIM): $(SOURCES)
-	$(CARGO) rustc --release --bin $(SHIM) -- -C relocation-model=static
+	$(CARGO) rustc --release --bin $(SHIM) -- -C relocation-model=static -L native=packaging/link
+	@headers=$$(readelf -dW $(TARGET)/release/$(SHIM)) && \
+		case $$headers in *libgcc_s*|*libm.so*) echo "error: $(SHIM) needs libraries besides the C library" >&2; exit 1 ;; esac
 	@install -D -m 0755 $(TARGET)/release/$(SHIM) $@
 $(BIN)/$(INIT): $(SOURCES)
 	$(CARGO) rustc --release --bin $(INIT) -- -C target-feature=+crt-static
