@@ -81,6 +81,7 @@ fn leave_the_machine() -> Result<(), String> {
         libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWNET)
     })?;
     mount(None, "/", None, libc::MS_REC | libc::MS_PRIVATE)?;
+    let_go_below("/run");
     mount(Some("tmpfs"), "/run", Some("tmpfs"), 0)?;
     if Path::new("/sys/fs/cgroup/unified").exists() {
         hide_unified().map_err(|e| format!("cannot hide /sys/fs/cgroup/unified: {e}"))?;
@@ -126,6 +127,19 @@ fn leave_the_machine() -> Result<(), String> {
             drop((moves, moved));
             reap_until(tests)
         }
+    }
+}
+
+/// Unmounts here what is about to be covered. It would stay mounted in this namespace otherwise, and its dataset busy for whoever has
+/// mounted it: other tests do that at the same time, in the namespace that this one is a copy of.
+fn let_go_below(folder: &str) {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let targets = table.lines().filter_map(|line| line.split(' ').nth(4));
+    let below: Vec<&str> = targets.filter(|target| Path::new(target).starts_with(folder)).collect();
+    for target in below.iter().rev().filter(|target| **target != folder) {
+        let target = CString::new(*target).unwrap_or_default();
+        // SAFETY: a valid C string. What is not unmounted is only covered, as all was before.
+        unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
     }
 }
 
