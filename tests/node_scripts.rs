@@ -1348,7 +1348,7 @@ fn with_suites(programs: &[(&str, &str)]) -> Scripts {
     scripts
 }
 
-const PASSES: &str = r#"if [[ "ctr::a_test lifecycle::a_test" == *"${1:-}"* ]]; then
+const PASSES: &str = r#"if [[ "--skip ctr::a_test lifecycle::a_test" == *"${1:-}"* ]]; then
     for word; do echo "test $word ... ok"; done
     echo "test result: ok. 1 passed; 0 failed; 0 ignored"
     exit
