@@ -685,14 +685,7 @@ fn one_shim_serves_a_pod_whose_containers_share_namespaces_by_path() {
                 &shell("readlink /proc/self/ns/net; sleep 1000 & touch /ready; exec sleep 1000"),
             )
             .annotate("io.kubernetes.cri.sandbox-id", "sandbox");
-        for namespace in app.spec["linux"]["namespaces"].as_array_mut().unwrap() {
-            let file = match namespace["type"].as_str().unwrap() {
-                "network" => "net",
-                kind @ ("pid" | "ipc" | "uts") => kind,
-                _ => continue,
-            };
-            namespace["path"] = format!("/proc/{pid}/ns/{file}").into();
-        }
+        app.joins(pid, &["network", "pid", "ipc", "uts"]);
         let again = Pod::start(daemon, &app).await;
         assert_eq!((again.pid, &again.address), (first.pid, &first.address));
         let io = Io::fifos(&app.path, "init");
@@ -773,14 +766,7 @@ fn containers_of_a_pod_share_its_user_namespace() {
         let args = |name| [shell(look).as_slice(), &["sh", name]].concat();
         let mut app = daemon.bundle("b", &args("init"));
         with_users(&mut app, json!({"type": "user"}));
-        for namespace in app.spec["linux"]["namespaces"].as_array_mut().unwrap() {
-            let file = match namespace["type"].as_str().unwrap() {
-                "network" => "net",
-                kind @ ("user" | "ipc" | "uts") => kind,
-                _ => continue,
-            };
-            namespace["path"] = format!("/proc/{pid}/ns/{file}").into();
-        }
+        app.joins(pid, &["network", "user", "ipc", "uts"]);
         let chown = json!(["CAP_CHOWN"]);
         app.spec["process"]["capabilities"] = json!({"bounding": chown, "permitted": chown, "effective": chown});
         let io = Io::fifos(&app.path, "init");

@@ -6,7 +6,6 @@ use std::{
         fd::{AsFd, AsRawFd},
         unix::net::{UnixListener, UnixStream},
     },
-    process::Child,
 };
 
 use nix::{
@@ -17,6 +16,7 @@ use serde_json::Value;
 
 use super::{
     support::{pod::BOUND, skip::skip},
+    tracer::Tracer,
     *,
 };
 
@@ -100,30 +100,8 @@ fn a_seccomp_profile_and_a_personality_hold_in_init_and_in_an_exec() {
     });
 }
 
-/// `struct seccomp_notif`
-#[repr(C)]
-#[derive(Default)]
-struct Notification {
-    id: u64,
-    pid: u32,
-    flags: u32,
-    number: i32,
-    architecture: u32,
-    pointer: u64,
-    args: [u64; 6],
-}
-
-/// `struct seccomp_notif_resp`
-#[repr(C)]
-struct Answer {
-    id: u64,
-    value: i64,
-    error: i32,
-    flags: u32,
-}
-
-nix::ioctl_readwrite!(notification, b'!', 0, Notification);
-nix::ioctl_readwrite!(answer, b'!', 1, Answer);
+nix::ioctl_readwrite!(notification, b'!', 0, libc::seccomp_notif);
+nix::ioctl_readwrite!(answer, b'!', 1, libc::seccomp_notif_resp);
 
 fn becomes_readable(file: &impl AsFd) {
     let mut polled = [PollFd::new(file.as_fd(), PollFlags::POLLIN)];
@@ -140,12 +118,15 @@ fn agent(listener: &UnixListener) -> (Value, u32) {
     becomes_readable(&socket);
     let (text, filter) = container_process_state(&socket);
     becomes_readable(&filter);
-    let mut call = Notification::default();
-    // SAFETY: the kernel fills a zeroed struct seccomp_notif.
-    unsafe { notification(filter.as_raw_fd(), &mut call) }.unwrap();
-    let mut word = Answer {
+    // SAFETY: plain numbers, for which zero is valid; the kernel fills a zeroed struct seccomp_notif.
+    let call = unsafe {
+        let mut call: libc::seccomp_notif = std::mem::zeroed();
+        notification(filter.as_raw_fd(), &mut call).unwrap();
+        call
+    };
+    let mut word = libc::seccomp_notif_resp {
         id: call.id,
-        value: 0,
+        val: 0,
         error: -libc::EMLINK,
         flags: 0,
     };
@@ -629,37 +610,6 @@ fn a_container_has_a_session_keyring_of_its_own_unless_no_new_keyring_is_set() {
     });
 }
 
-/// The calls of pivot_root(2) of a pod and all that it starts, from now on until they have ended.
-struct Pivots {
-    strace: Child,
-    log: PathBuf,
-}
-
-impl Pivots {
-    async fn of(pod: &Pod, log: PathBuf) -> Self {
-        let mut strace = Command::new("strace")
-            .args(["-f", "--quiet=all", "-e", "trace=pivot_root", "-e", "signal=none", "-o"])
-            .arg(&log)
-            .args(["-p", &pod.pid.to_string()])
-            .spawn()
-            .unwrap();
-        let traced = format!("TracerPid:\t{}", strace.id());
-        let status = format!("/proc/{}/status", pod.pid);
-        until("the tracer attaches", || {
-            assert!(strace.try_wait().unwrap().is_none(), "strace has ended");
-            fs::read_to_string(&status).unwrap().contains(&traced).then_some(())
-        })
-        .await;
-        Self { strace, log }
-    }
-
-    async fn count(mut self) -> usize {
-        until("the tracer ends", || self.strace.try_wait().unwrap()).await;
-        let log = fs::read_to_string(&self.log).unwrap();
-        log.lines().filter(|line| line.contains(" pivot_root(")).count()
-    }
-}
-
 #[test]
 fn a_container_pivots_to_its_root_unless_no_pivot_root_is_set() {
     lxc(async |daemon| {
@@ -667,7 +617,8 @@ fn a_container_pivots_to_its_root_unless_no_pivot_root_is_set() {
             let script = "ls /; cat /proc/mounts; : >/ready; exec sleep 100000";
             let (mut pod, a) = pod(daemon, &shell(script)).await;
             pod.options = Some(options(&format!("backend = \"{BACKEND}\"\nno_pivot_root = {option}")));
-            let pivots = Pivots::of(&pod, daemon.folder.join("strace")).await;
+            let calls = ["-e", "trace=pivot_root", "-e", "signal=none"];
+            let pivots = Tracer::of(daemon, &pod, &calls).await;
             for text in both_say(&pod, &a, "ls /; cat /proc/mounts").await {
                 // Nothing of the host's is to be seen.
                 let (folders, mounts) = text.split_at(text.find("overlay ").unwrap());
@@ -678,7 +629,8 @@ fn a_container_pivots_to_its_root_unless_no_pivot_root_is_set() {
                 );
             }
             pod.shutdown().await;
-            assert_eq!(pivots.count().await, count, "no_pivot_root = {option}");
+            let pivots = pivots.told(" pivot_root(").await;
+            assert_eq!(pivots.len(), count, "no_pivot_root = {option}");
             fs::remove_dir_all(&a.path).unwrap();
         }
     });

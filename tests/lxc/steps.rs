@@ -1,74 +1,20 @@
 //! kill -9 at each step of a container's life: a tracer sends it in the place of a system call.
 
-use std::{
-    fs,
-    io::{BufRead, BufReader},
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-};
+use std::{fs, path::Path};
 
 use super::{
     lxc,
     support::{
         patience::patience,
-        pod::{Answer, Bundle, Daemon, Io, Pod, delete_dead, options, process, until},
+        pod::{Answer, Bundle, Daemon, Io, Pod, delete_dead, options, process},
     },
+    tracer::Tracer,
 };
 
 /// System calls that change the world, or tell somebody that it was changed, as strace names them; not every architecture has each.
 const STEPS: &str = "?mkdir,?mkdirat,?rmdir,?rename,?renameat,?renameat2,?unlink,?unlinkat,?symlinkat,?mknodat,?clone,?clone3,\
     ?open_tree,?mount_setattr,?move_mount,?mount,?umount2,?pivot_root,?setns,?unshare,?sethostname,?sendmsg,?execve,?execveat,\
     ?pidfd_send_signal,?kill";
-
-/// A tracer of a shim and of all that it starts.
-struct Killer {
-    strace: Child,
-    log: PathBuf,
-}
-
-impl Killer {
-    /// Whoever comes to its own `step`th of [`STEPS`] is sent SIGKILL there.
-    async fn of(pod: &Pod, step: usize, log: PathBuf) -> Self {
-        let mut strace = Command::new("strace")
-            .args([
-                "-f",
-                "--quiet=attach,personality,thread-execve",
-                "-e",
-                "signal=KILL",
-                "-e",
-            ])
-            .arg(format!("trace={STEPS}"))
-            .arg("-e")
-            .arg(format!("inject={STEPS}:signal=SIGKILL:when={step}"))
-            .arg("-o")
-            .arg(&log)
-            .args(["-p", &pod.pid.to_string()])
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let traced = format!("TracerPid:\t{}", strace.id());
-        let status = format!("/proc/{}/status", pod.pid);
-        until("strace attaches", || {
-            assert!(strace.try_wait().unwrap().is_none(), "strace does not attach");
-            fs::read_to_string(&status).unwrap().contains(&traced).then_some(())
-        })
-        .await;
-        Self { strace, log }
-    }
-
-    /// What was killed, once all that was traced has ended.
-    async fn killed(mut self) -> Vec<String> {
-        until("the tracer ends", || self.strace.try_wait().unwrap()).await;
-        let errors: Vec<_> = BufReader::new(self.strace.stderr.take().unwrap())
-            .lines()
-            .map(Result::unwrap)
-            .collect();
-        assert!(errors.is_empty(), "{errors:?}");
-        let log = fs::read_to_string(&self.log).unwrap();
-        let killed = log.lines().filter(|line| line.contains("killed by SIGKILL"));
-        killed.map(str::to_owned).collect()
-    }
-}
 
 /// A whole life, of a program that ends by itself, and of an exec.
 async fn lives_and_ends(pod: &Pod, a: &Bundle, io: &Io) -> Answer<()> {
@@ -94,7 +40,10 @@ async fn killed_at(daemon: &Daemon, step: usize) -> bool {
     let bound = patience(4).as_millis();
     pod.options = Some(options(&format!("backend = \"lxc\"\nruntime_timeout_ms = {bound}")));
     let io = Io::fifos(&a.path, "init");
-    let killer = Killer::of(&pod, step, daemon.folder.join("strace")).await;
+    // Whoever comes to its own `step`th of them is sent SIGKILL there.
+    let trace = format!("trace={STEPS}");
+    let inject = format!("inject={STEPS}:signal=SIGKILL:when={step}");
+    let killer = Tracer::of(daemon, &pod, &["-e", "signal=KILL", "-e", &trace, "-e", &inject]).await;
     let (shim, pid) = (pod.pidfd(), pod.pid);
     let lived = lives_and_ends(&pod, &a, &io).await;
     if lived.is_err() {
@@ -103,7 +52,7 @@ async fn killed_at(daemon: &Daemon, step: usize) -> bool {
         assert!(pod.state("a", "").await.is_err(), "step {step}: {lived:?}");
     }
     pod.shutdown_of(shim).await;
-    let killed = killer.killed().await;
+    let killed = killer.told("killed by SIGKILL").await;
     assert!(lived.is_ok() || !killed.is_empty(), "step {step}: {lived:?}");
     if killed.iter().any(|line| line.starts_with(&format!("{pid} "))) {
         delete_dead(daemon, &a).unwrap_or_else(|e| panic!("step {step}: {e}"));

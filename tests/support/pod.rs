@@ -358,6 +358,17 @@ impl Bundle {
         fs::write(self.path.join("config.json"), self.spec.to_string()).unwrap();
     }
 
+    /// Shares the namespaces of a process: those that the bundle asks for, of these types of OCI.
+    pub(crate) fn joins(&mut self, pid: u32, types: &[&str]) {
+        for namespace in self.spec["linux"]["namespaces"].as_array_mut().unwrap() {
+            let kind = namespace["type"].as_str().unwrap();
+            if types.contains(&kind) {
+                let file = if kind == "network" { "net" } else { kind };
+                namespace["path"] = format!("/proc/{pid}/ns/{file}").into();
+            }
+        }
+    }
+
     /// Adds an annotation.
     pub(crate) fn annotate(mut self, key: &str, value: &str) -> Self {
         self.spec["annotations"][key] = value.into();

@@ -439,28 +439,8 @@ fn a_flag_that_the_kernel_does_not_know_is_done_without() {
     assert_eq!(field(&written(&process), "Seccomp"), "2");
 }
 
-#[repr(C)]
-#[derive(Default)]
-struct Notification {
-    id: u64,
-    pid: u32,
-    flags: u32,
-    number: i32,
-    architecture: u32,
-    pointer: u64,
-    args: [u64; 6],
-}
-
-#[repr(C)]
-struct Answer {
-    id: u64,
-    value: i64,
-    error: i32,
-    flags: u32,
-}
-
-nix::ioctl_readwrite!(notification, b'!', 0, Notification);
-nix::ioctl_readwrite!(answer, b'!', 1, Answer);
+nix::ioctl_readwrite!(notification, b'!', 0, libc::seccomp_notif);
+nix::ioctl_readwrite!(answer, b'!', 1, libc::seccomp_notif_resp);
 
 /// An agent that lets every call go on, but for `mkdir`; answers what it was sent, and how many calls it saw.
 fn agent(socket: UnixStream) -> (Value, usize) {
@@ -494,17 +474,18 @@ fn agent(socket: UnixStream) -> (Value, usize) {
         if polled[0].revents().unwrap().contains(nix::poll::PollFlags::POLLHUP) {
             return (state, seen);
         }
-        let mut call = Notification::default();
+        // SAFETY: plain numbers, for which zero is valid.
+        let mut call: libc::seccomp_notif = unsafe { std::mem::zeroed() };
         // SAFETY: the kernel fills a zeroed struct seccomp_notif.
         match unsafe { notification(listener.as_raw_fd(), &mut call) } {
             Err(Errno::ENOENT | Errno::EINTR) => continue,
             other => other.unwrap(),
         };
         seen += 1;
-        let refuse = i64::from(call.number) == libc::SYS_mkdir || i64::from(call.number) == libc::SYS_mkdirat;
-        let mut word = Answer {
+        let refuse = i64::from(call.data.nr) == libc::SYS_mkdir || i64::from(call.data.nr) == libc::SYS_mkdirat;
+        let mut word = libc::seccomp_notif_resp {
             id: call.id,
-            value: 0,
+            val: 0,
             error: if refuse { -libc::EXDEV } else { 0 },
             // SECCOMP_USER_NOTIF_FLAG_CONTINUE
             flags: u32::from(!refuse),
