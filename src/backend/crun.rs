@@ -15,10 +15,15 @@ use std::{
         unix::fs::{DirBuilderExt, FileExt},
     },
     path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use async_trait::async_trait;
+use nix::{
+    fcntl::{OFlag, openat},
+    sys::stat::{Mode, SFlag, mknodat},
+};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -31,6 +36,7 @@ use crate::{
         command::{Command, Output, Pidfd, Reaper, end, identity, is_alive},
         memory_file,
     },
+    rootfs::sys::{FsContext, attr},
     task::{
         bundle::Bundle,
         record::{Identity, Record},
@@ -52,6 +58,8 @@ const ENVIRONMENT: [&str; 4] = ["PATH", "HOME", "XDG_RUNTIME_DIR", "DBUS_SESSION
 #[derive(Debug, Clone)]
 pub struct Crun {
     reaper: Reaper,
+    /// See [`Crun::or_null`].
+    null: Arc<OnceLock<File>>,
 }
 
 /// crun's commands, as they are in an error.
@@ -95,7 +103,29 @@ impl Verb {
 impl Crun {
     /// A backend that keeps no state; it runs crun through `reaper`, which MUST be the process's one.
     pub fn new(reaper: Reaper) -> Self {
-        Self { reaper }
+        Self {
+            reaper,
+            null: Arc::default(),
+        }
+    }
+
+    /// For a stream that is absent, a null device of the shim's own.
+    ///
+    /// crun makes the user of a process the owner of its stdio. By that the node's `/dev/null` would belong to whoever is root in a user
+    /// namespace. Where the shim may not make devices it is the node's, as with any other shim.
+    fn or_null(&self, stream: Option<OwnedFd>) -> Result<Option<OwnedFd>> {
+        if stream.is_some() {
+            return Ok(stream);
+        }
+        if self.null.get().is_none() {
+            match null_device() {
+                // Another task may have been first, with another one.
+                Ok(null) => drop(self.null.set(null)),
+                Err(e) => log::debug!("no null device of the shim's own: {e}"),
+            }
+        }
+        let null = self.null.get().map(|null| null.try_clone().map(OwnedFd::from));
+        null.transpose().context(|| "cannot hold the null device")
     }
 
     /// What the crun program can do, in the form of OCI features.md: `crun features`, or what `crun --version` tells where that
@@ -207,6 +237,14 @@ impl Crun {
             all.extend(["--console-socket".into(), console_socket.into()]);
         }
         all.extend(args);
+        let io = match io {
+            ChildIo::Pipes { stdin, stdout, stderr } => ChildIo::Pipes {
+                stdin: self.or_null(stdin)?,
+                stdout: self.or_null(stdout)?,
+                stderr: self.or_null(stderr)?,
+            },
+            terminal => terminal,
+        };
         self.call(rec, verb, all, io).await?;
         let Some(pid) = birth.pid()? else {
             return Err(Error::unknown(format!(
@@ -495,6 +533,16 @@ fn parse_pid(text: &[u8]) -> Result<u32> {
                 String::from_utf8_lossy(text)
             ))
         })
+}
+
+/// A null device in a file system of its own, which is gone with the descriptor.
+fn null_device() -> io::Result<File> {
+    let folder = FsContext::open(c"tmpfs")?;
+    folder.set(c"nr_inodes", c"2")?;
+    let folder = folder.mount(attr::NOSUID | attr::NOEXEC)?;
+    let mode = Mode::from_bits_truncate(0o666);
+    mknodat(&folder, "null", SFlag::S_IFCHR, mode, libc::makedev(1, 3))?;
+    Ok(openat(&folder, "null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?.into())
 }
 
 fn take_io(io: &mut Option<ChildIo>) -> ChildIo {

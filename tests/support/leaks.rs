@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
     fs,
-    os::unix::fs::FileTypeExt,
+    os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
     sync::LazyLock,
     time::{Duration, Instant},
@@ -148,6 +148,10 @@ fn stock(ignored: &[PathBuf]) -> BTreeSet<String> {
     }
     for cgroup in universe::cgroups_named(&universe::token()) {
         found.insert(format!("cgroup {}", cgroup.display()));
+    }
+    // The machine's: a container's user who owned it could take it from everybody.
+    if let Ok(null) = fs::metadata("/dev/null") {
+        found.insert(format!("owner {} of /dev/null", null.uid()));
     }
     for socket in abstract_sockets() {
         found.insert(format!("socket {socket}"));
