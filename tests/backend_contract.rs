@@ -30,6 +30,7 @@ use std::{
     io::Write,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::Path,
+    process::{Command, Stdio},
 };
 
 use containerd_shim_protos::{
@@ -48,6 +49,7 @@ use support::{
         Bundle, Daemon, FOREVER, Io, NAMESPACE, Pod, Reading, Start, appears, mount, options, process, refused, shell,
         until,
     },
+    universe,
 };
 
 /// Runs a test once for each backend, one test at a time, and asserts that nothing is left behind.
@@ -790,6 +792,95 @@ fn containers_of_a_pod_share_its_user_namespace() {
         let said = words(stdout.text().await);
         assert!(said.starts_with(&wanted), "{said}");
         pod.end("a").await;
+        pod.shutdown().await;
+    });
+}
+
+/// Profiles of AppArmor with these names, until it is dropped: what has one of them may do all but write below `/denied`.
+struct Profiles(String);
+
+impl Profiles {
+    fn load(names: [&str; 2]) -> Self {
+        let rules =
+            "{ file, mount, umount, pivot_root, capability, network, signal, ptrace, unix, deny /denied/** w, }";
+        let profile = |name: &str| format!("profile {name} flags=(attach_disconnected) {rules}\n");
+        let loaded = Self(names.map(profile).concat());
+        loaded.parser("--replace");
+        loaded
+    }
+
+    fn parser(&self, action: &str) {
+        let mut parser = Command::new("apparmor_parser");
+        let mut child = parser
+            .args([action, "--skip-cache"])
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(self.0.as_bytes()).unwrap();
+        assert!(child.wait().unwrap().success(), "apparmor_parser {action}");
+    }
+}
+
+impl Drop for Profiles {
+    fn drop(&mut self) {
+        self.parser("--remove");
+    }
+}
+
+#[test]
+fn a_process_is_confined_by_the_apparmor_profile_that_it_asks_for() {
+    let enabled = fs::read_to_string("/sys/module/apparmor/parameters/enabled").unwrap_or_default();
+    if enabled != "Y\n" {
+        return support::skip::skip(
+            "backend_contract::a_process_is_confined_by_the_apparmor_profile_that_it_asks_for",
+            "AppArmor is not enabled in this kernel",
+        );
+    }
+    each_backend(async |daemon, backend| {
+        // Profiles are the machine's, whoever else runs tests on it.
+        let [init, other, lost] = ["init", "exec", "lost"].map(|name| format!("{}-{name}", universe::token()));
+        let _profiles = Profiles::load([&init, &other]);
+        let try_it = "cat /proc/self/attr/current; mkdir -p /denied /free; touch /free/file /denied/file; echo $?";
+        let denied = |profile: &str| format!("{profile} (enforce)\n1\n");
+        let (pod, mut a) = pod(daemon, backend, &shell(&format!("{try_it}; sleep 1000"))).await;
+        a.spec["process"]["apparmorProfile"] = init.as_str().into();
+        let io = Io::fifos(&a.path, "init");
+        let stdout = io.read_stdout();
+        pod.run(&a, &io).await;
+        appears(&a.path.join("upper/free/file")).await;
+        for (exec, own, wanted) in [
+            ("e1", None, denied(&init)),
+            ("e2", Some(other.as_str()), denied(&other)),
+            ("e3", Some("unconfined"), "unconfined\n0\n".into()),
+        ] {
+            let io = Io::fifos(&a.path, exec);
+            let stdout = io.read_stdout();
+            let mut process = process(&shell(try_it));
+            if let Some(own) = own {
+                process["apparmorProfile"] = own.into();
+            }
+            pod.exec("a", exec, &process, &io).await.unwrap();
+            pod.start_process("a", exec).await.unwrap();
+            pod.wait("a", exec).await.unwrap();
+            assert_eq!(stdout.text().await, wanted, "{exec}");
+            pod.delete("a", exec).await.unwrap();
+        }
+        let mut process = process(&["true"]);
+        process["apparmorProfile"] = lost.as_str().into();
+        pod.exec("a", "e4", &process, &Io::none()).await.unwrap();
+        let text = format!("cannot set process.apparmorProfile {lost:?}; is it loaded?");
+        let (code, text) = match backend {
+            "crun" => (Code::UNKNOWN, "attr/apparmor/exec`: No such file or directory"),
+            _ => (Code::INVALID_ARGUMENT, text.as_str()),
+        };
+        refused(pod.start_process("a", "e4").await, code, text);
+        pod.end("a").await;
+        assert_eq!(stdout.text().await, denied(&init));
+
+        let mut b = daemon.bundle("b", &["true"]);
+        b.spec["process"]["apparmorProfile"] = lost.as_str().into();
+        refused(pod.create(&b, &Io::none()).await, code, text);
+        refused(pod.state("b", "").await, Code::NOT_FOUND, "container not created");
         pod.shutdown().await;
     });
 }

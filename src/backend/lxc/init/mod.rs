@@ -324,6 +324,7 @@ fn init(connection: &OwnedFd) -> Result<()> {
     let proc = plan.root.enter(mounted)?;
     let terminal = terminal(&plan.process, given.console.take(), true)?;
     let program = plan.process.find(true)?;
+    plan.process.label(&proc)?;
     // The terminal goes along for who holds it open meanwhile.
     let held: Vec<BorrowedFd<'_>> = terminal.iter().map(AsFd::as_fd).collect();
     wire::send(connection.as_fd(), &FromInit::Created, &held).context(|| "cannot reach the shim")?;
@@ -385,9 +386,10 @@ fn born(connection: &OwnedFd, plan: &ExecPlan, mut given: Given) -> Result<()> {
     tell(connection, &FromInit::Hello)?;
     let terminal = terminal(&plan.process, given.console.take(), false)?;
     let program = plan.process.find(false)?;
+    let proc = own_proc()?;
+    plan.process.label(&proc)?;
     let pid = start(connection)?;
     let user_namespace = plan.namespaces & libc::CLONE_NEWUSER != 0;
-    let proc = own_proc()?;
     let last = Last {
         proc: &proc,
         terminal,

@@ -84,7 +84,6 @@ impl Process {
         if !start.keep_keyring {
             join_new_keyring()?;
         }
-        self.label(start.proc)?;
         if let Some(personality) = self.personality {
             // SAFETY: personality takes an integer.
             Errno::result(unsafe { libc::personality(personality.into()) })
@@ -197,8 +196,12 @@ impl Process {
         }
     }
 
-    /// The security modules' labels for the program. crun ignores those of a module that is not enabled.
-    fn label(&self, proc: &Proc) -> Result<()> {
+    /// Sets the security modules' labels of what this process executes next, and of what its children execute: startContainer hooks are
+    /// confined as the program is, as with crun and runc. crun ignores the labels of a module that is not enabled.
+    ///
+    /// # Errors
+    /// `InvalidArgument` with the field: the label is not known.
+    pub fn label(&self, proc: &Proc) -> Result<()> {
         if let Some(profile) = &self.apparmor {
             // Only a kernel with AppArmor has the folder, and only an enabled AppArmor answers there.
             let now = proc.read("thread-self/attr/apparmor/current");

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! the shim     Process::of, of_exec     the OCI document, checked; an error names the field
-//! the helper   find                     at create, in the container's root: an error of Create
+//! the helper   find, label              at create, in the container's root: an error of Create
 //!              constrain                by the helper, or by the shim where a user namespace is in the way
 //!              exec                     at start; returns only an error
 //! ```

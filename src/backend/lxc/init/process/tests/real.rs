@@ -79,7 +79,10 @@ fn become_after(process: &Process, before: impl FnOnce()) -> (String, i32) {
     forked(|| {
         before();
         let proc = procfs_root();
-        let error = match process.find(false) {
+        let found = process
+            .find(false)
+            .and_then(|program| process.label(&proc).map(|()| program));
+        let error = match found {
             Ok(program) => process.exec(&program, start(&proc)),
             Err(error) => error,
         };
