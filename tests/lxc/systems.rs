@@ -175,6 +175,26 @@ fn a_system_has_what_it_expects_and_an_application_that_is_called_so_has_not() {
     });
 }
 
+/// Puts a bundle on another read-only layer than busybox.
+fn stands_on(a: &mut Bundle, folder: &str) {
+    let lower = format!("lowerdir={}", busybox().display());
+    for option in &mut a.rootfs[0].options {
+        if *option == lower {
+            *option = format!("lowerdir={folder}");
+        }
+    }
+}
+
+/// The cgroup of container a, with its limits (v2).
+fn own_cgroup() -> PathBuf {
+    let token = universe::token();
+    let below = match universe::by_systemd() {
+        true => format!("{token}.slice/lxcri-a.scope"),
+        false => format!("{token}/a"),
+    };
+    Path::new("/sys/fs/cgroup").join(below)
+}
+
 /// The file by which Debian's systemd is known, on the machine of the tests.
 const SYSTEMD: &str = "/usr/lib/systemd/systemd";
 
@@ -193,12 +213,7 @@ fn with_the_machines_system(a: &mut Bundle) {
         std::os::unix::fs::symlink("/dev/null", units.join(unit)).unwrap();
     }
     fs::write(upper.join("etc/hostname"), "box\n").unwrap();
-    let lower = format!("lowerdir={}", busybox().display());
-    for option in &mut a.rootfs[0].options {
-        if *option == lower {
-            *option = "lowerdir=/".into();
-        }
-    }
+    stands_on(a, "/");
     as_a_system(a, &[]);
 }
 
@@ -226,7 +241,7 @@ fn a_debian_with_systemd_boots_manages_its_cgroup_and_is_halted() {
             };
             let stdin = terminal.then(|| io.open_stdin());
             let pid = pod.run(&a, &io).await;
-            let own = Path::new("/sys/fs/cgroup").join(universe::token()).join("a");
+            let own = own_cgroup();
             let holds_init = || {
                 let members = fs::read_to_string(own.join("ns/init.scope/cgroup.procs")).unwrap_or_default();
                 members.lines().any(|member| member == pid.to_string()).then_some(())
@@ -291,6 +306,89 @@ async fn boots(pod: &Pod, a: &Bundle) {
         let (_, failed) = says(pod, a, "failed", &list).await;
         panic!("systemd is {state}: {failed}");
     }
+}
+
+/// A Debian with OpenRC, and with both of the inits that run it.
+const OPENRC: &str = "/opt/openrc";
+
+/// That Debian as a container's, with a service that writes down when it begins and ends.
+fn with_openrc(a: &mut Bundle, more: &[&str]) {
+    let upper = a.path.join("upper");
+    let folders = ["etc/init.d", "etc/runlevels/default"].map(|folder| upper.join(folder));
+    for folder in &folders {
+        fs::create_dir_all(folder).unwrap();
+    }
+    let service = folders[0].join("recorder");
+    let text = "#!/sbin/openrc-run\ncommand=/bin/sleep\ncommand_args=100000\ncommand_background=yes\npidfile=/run/recorder.pid\n\
+                start_post() { echo up >/log; }\nstop_post() { echo down >>/log; }\n";
+    fs::write(&service, text).unwrap();
+    fs::set_permissions(&service, fs::Permissions::from_mode(0o755)).unwrap();
+    std::os::unix::fs::symlink("/etc/init.d/recorder", folders[1].join("recorder")).unwrap();
+    // What Proxmox VE adds: Debian's own line is about a script that it does not bring.
+    let inittab = fs::read_to_string(Path::new(OPENRC).join("etc/inittab")).unwrap();
+    fs::write(upper.join("etc/inittab"), inittab + "p0::powerfail:/sbin/init 0\n").unwrap();
+    stands_on(a, OPENRC);
+    as_a_system(a, more);
+}
+
+#[test]
+fn a_debian_with_openrc_boots_and_is_halted_under_openrcs_init_and_under_sysvinit() {
+    if !Path::new(OPENRC).exists() {
+        return support::skip::skip(
+            "lxc::systems::a_debian_with_openrc_boots_and_is_halted_under_openrcs_init_and_under_sysvinit",
+            &format!("no Debian with OpenRC in {OPENRC}"),
+        );
+    }
+    lxc(async |daemon| {
+        for (program, more) in [
+            ("/sbin/openrc-init", &["CAP_SYS_BOOT"][..]),
+            ("/sbin/init", &["CAP_SYS_BOOT"]),
+            ("/sbin/openrc-init", &[]),
+            ("/sbin/init", &[]),
+        ] {
+            let (pod, mut a) = pod(daemon, &[program]).await;
+            with_openrc(&mut a, more);
+            let io = Io::terminal(&a.path, "console");
+            let (console, stdin) = (io.read_stdout(), io.open_stdin());
+            pod.run(&a, &io).await;
+            let log = a.path.join("upper/log");
+            let logs = async |text: &str| {
+                let is_there = || (fs::read_to_string(&log).unwrap_or_default() == text).then_some(());
+                until(&format!("{program} has logged {text:?}"), is_there).await;
+            };
+            logs("up\n").await;
+            let (status, text) = says(&pod, &a, "e1", &["rc-service", "recorder", "status"]).await;
+            assert!(status == 0 && text.contains("started"), "{status} {text}");
+            if cgroup_v2() {
+                let service = own_cgroup().join("ns/openrc.recorder/cgroup.procs");
+                assert_eq!(fs::read_to_string(service).unwrap().lines().count(), 1);
+            }
+            let known = daemon.told().len();
+            pod.kill("a", "", libc::SIGTERM, false).await.unwrap();
+            // Without the capability the init has nothing left to do, and no way to end.
+            let ended = match more {
+                [] => {
+                    logs("up\ndown\n").await;
+                    pod.kill("a", "", libc::SIGKILL, false).await.unwrap();
+                    137
+                }
+                _ => 128 + libc::SIGINT.cast_unsigned(),
+            };
+            assert_eq!(pod.wait("a", "").await.unwrap(), ended, "{program} {more:?}");
+            logs("up\ndown\n").await;
+            daemon.hears_after(known, &format!("exit a {ended}")).await;
+            drop(stdin);
+            assert_eq!(pod.delete("a", "").await.unwrap().exit_status, ended);
+            let text = console.text().await;
+            assert!(text.contains("is starting up"), "{text}");
+            assert_eq!(exits(daemon, known), [format!("exit a {ended}")]);
+            let shims = pod.shutdown().await;
+            let warned = shims.contains("has no CAP_SYS_BOOT: when it is halted its services end, and it goes on");
+            assert_eq!(warned, more.is_empty(), "{shims}");
+            daemon.assert_nothing_left();
+            fs::remove_dir_all(&a.path).unwrap();
+        }
+    });
 }
 
 // ---- what is missing ---------------------------------------------------------------------------------------------------------------

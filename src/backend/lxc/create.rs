@@ -263,6 +263,12 @@ async fn blueprint_of(rec: &Record, bundle: &Path, layout: &Layout) -> Result<(B
         let system = Init::of_bundle(&spec, &bundle);
         if let Some(init) = system {
             init.adapt(&mut spec)?;
+            if !init.can_end(&spec) {
+                log::warn!(
+                    "container {id}: its init ({init:?}) powers off by reboot(2), and has no CAP_SYS_BOOT: when it is halted its \
+                     services end, and it goes on until SIGKILL"
+                );
+            }
             // Of v1 it gets no hierarchy to manage that has limits.
             layout.inner = v2.then(|| INNER.to_owned());
         }

@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{Capability, LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -143,6 +143,23 @@ impl Init {
         match signal {
             libc::SIGTERM | libc::SIGPWR => self.halt_signal(),
             other => other,
+        }
+    }
+
+    /// Whether it comes to an end when it has ended everything else. OpenRC's and sysvinit only know reboot(2), the others exit where
+    /// they may not call that.
+    pub fn can_end(self, spec: &Spec) -> bool {
+        let capabilities = spec
+            .process()
+            .as_ref()
+            .and_then(|process| process.capabilities().as_ref());
+        let may_reboot = || {
+            let bounding = capabilities.and_then(|sets| sets.bounding().as_ref());
+            bounding.is_some_and(|set| set.contains(&Capability::SysBoot))
+        };
+        match self {
+            Self::Systemd | Self::Busybox => true,
+            Self::OpenRc | Self::SysV => may_reboot(),
         }
     }
 
@@ -321,6 +338,28 @@ mod tests {
             let mut spec = bundle(&["/sbin/init"]);
             *spec.pointer_mut(pointer).unwrap() = value.clone();
             assert_eq!(of(&spec), None, "{pointer}: {value}");
+        }
+    }
+
+    #[test]
+    fn an_init_that_only_reboots_cannot_end_without_the_capability() {
+        for (capabilities, may_reboot) in [
+            (json!({"bounding": ["CAP_KILL", "CAP_SYS_BOOT"]}), true),
+            (json!({"bounding": ["CAP_KILL"], "permitted": ["CAP_SYS_BOOT"]}), false),
+            (json!({}), false),
+            (json!(null), false),
+        ] {
+            let mut spec = bundle(&["/sbin/init"]);
+            spec["process"]["capabilities"] = capabilities;
+            let spec = read(&spec);
+            for (init, wanted) in [
+                (Init::Systemd, true),
+                (Init::Busybox, true),
+                (Init::OpenRc, may_reboot),
+                (Init::SysV, may_reboot),
+            ] {
+                assert_eq!(init.can_end(&spec), wanted, "{init:?}: {spec:?}");
+            }
         }
     }
 
