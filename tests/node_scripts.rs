@@ -1437,7 +1437,7 @@ fn what_did_not_run_in_the_node_is_no_success() {
 fn zfs_is_the_snapshotter_of_cri_and_of_all_about_the_rootfs() {
     let program = "echo \"by ${LXCRI_TEST_SNAPSHOTTER:-the default}${LXCRI_TEST_BACKEND:+ on $LXCRI_TEST_BACKEND}: $*.\"\nfor word; do echo \"test $word ... ok\"; done\n\
                    echo \"test result: ok. 1 passed; 0 failed; 0 ignored\"";
-    let scripts = with_suites(&["containerd", "cri", "backend_contract"].map(|name| (name, program)));
+    let scripts = with_suites(&["containerd", "cri", "backend_contract", "lxc"].map(|name| (name, program)));
     scripts.program("bin/containerd", "#!/bin/sh\necho containerd x 1.7.24 y\n");
     let said = scripts.start(&mut scripts.script("test", &["systemd"])).end();
     said.assert_ends(0);
@@ -1447,6 +1447,7 @@ fn zfs_is_the_snapshotter_of_cri_and_of_all_about_the_rootfs() {
         "systemd: cri@zfs\nsystemd| by zfs: .",
         "systemd: cri@lxc\nsystemd| by the default on lxc: .",
         "systemd: backend_contract\nsystemd| by the default: ",
+        "systemd: lxc\nsystemd| by the default: systems::",
     ] {
         assert!(said.out.contains(words), "{words:?} is not in {}", said.out);
     }
@@ -1515,7 +1516,8 @@ fn no_more_lanes_run_at_once_than_there_are_processors() {
     let alone = "mkdir busy || touch met\nsleep 0.05\nrmdir busy\n";
     let with = |rest: &str| {
         let program = format!("{alone}{rest}");
-        let scripts = with_suites(&["containerd", "cri", "backend_contract"].map(|name| (name, program.as_str())));
+        let scripts =
+            with_suites(&["containerd", "cri", "backend_contract", "lxc"].map(|name| (name, program.as_str())));
         scripts.program("bin/nproc", "#!/bin/sh\necho 1\n");
         scripts.program(
             "bin/containerd",
@@ -1544,7 +1546,7 @@ fn no_more_lanes_run_at_once_than_there_are_processors() {
     let said = scripts.start(command.env("LXCRI_NODE_TIMEOUT", "3")).end();
     said.assert_ends(124);
     assert!(!said.out.contains("==> containerd-2"), "{}", said.out);
-    assert_eq!(said.out.matches("did not run to its end").count(), 8, "{}", said.out);
+    assert_eq!(said.out.matches("did not run to its end").count(), 9, "{}", said.out);
 }
 
 #[test]

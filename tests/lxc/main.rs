@@ -216,15 +216,24 @@ fn a_cgroup_that_the_backend_cannot_make_is_refused_by_name_and_nothing_is_left(
         }
         // As CRI asks for it, where systemd manages the cgroups.
         pod.options = Some(options(&format!("backend = \"{BACKEND}\"\nsystemd_cgroup = true")));
-        let mut b = daemon.bundle("b", &["/sbin/init"]);
-        systems::with_busybox_init(&mut b, &[]);
-        b.spec["linux"]["cgroupsPath"] = "system.slice:lxcri:b".into();
-        let text = match cgroup_v2() {
-            true => "runs a whole system (systemd, OpenRC, …) in no scope of systemd's; set systemd_cgroup = false",
-            false => "makes systemd's scopes on cgroup v2 alone; set systemd_cgroup = false, or use the backend crun",
+        let mut b = daemon.bundle("b", &["true"]);
+        let mut c = daemon.bundle("c", &["/sbin/init"]);
+        systems::with_busybox_init(&mut c, &[]);
+        let (code, text) = match cgroup_v2() {
+            true => (
+                Code::UNAVAILABLE,
+                "cannot reach systemd over /run/dbus/system_bus_socket; is dbus running?",
+            ),
+            false => (
+                Code::UNIMPLEMENTED,
+                "makes systemd's scopes on cgroup v2 alone; set systemd_cgroup = false, or use the backend crun",
+            ),
         };
-        refused(pod.create(&b, &Io::none()).await, Code::UNIMPLEMENTED, text);
-        for id in ["a", "b"] {
+        for bundle in [&mut b, &mut c] {
+            bundle.spec["linux"]["cgroupsPath"] = format!("system.slice:lxcri:{}", bundle.id).into();
+            refused(pod.create(bundle, &Io::none()).await, code, text);
+        }
+        for id in ["a", "b", "c"] {
             refused(pod.state(id, "").await, Code::NOT_FOUND, "container not created");
         }
         pod.options = on(BACKEND);

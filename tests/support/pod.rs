@@ -261,6 +261,8 @@ pub(crate) fn busybox() -> &'static Path {
     let root = Path::new("/run/busybox");
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
+        // Where the machine is the universe, another program may have made it before.
+        let _ = fs::remove_dir_all(root);
         fs::create_dir_all(root).unwrap();
         image::busybox_root(root).unwrap();
     });

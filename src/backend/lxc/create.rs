@@ -49,13 +49,6 @@ impl Lxc {
         }
         let layout = layout(rec)?;
         let (blueprint, system) = blueprint_of(rec, &bundle.path, &layout).await?;
-        if rec.options.systemd_cgroup && system.is_some() {
-            // systemd takes no process out of a cgroup below the scope's, and that is where a system's init is.
-            return Err(Error::unimplemented(
-                "the backend lxc runs a whole system (systemd, OpenRC, …) in no scope of systemd's; set systemd_cgroup = false and a \
-                 cgroupsPath like /a/b",
-            ));
-        }
         let folder = Folder::of(rec, &rec.id);
         let mut mark = self.claim(rec, &folder, &blueprint, &layout).await?;
         let agent = agent(&blueprint.init.process).await?;
@@ -85,14 +78,14 @@ impl Lxc {
         });
         // From here on `delete` lets LXC clean up.
         self.live().insert(rec.id.clone(), live.clone());
-        if rec.options.systemd_cgroup {
-            enter_scope(rec, pid).await?;
-        }
         // Init is in the one that it manages, and all that we do is done to the one around it.
         let outer = match system {
             Some(_) => Cgroup::expected(Some(&layout.container), false, &rec.id)?,
             None => None,
         };
+        if rec.options.systemd_cgroup {
+            enter_scope(rec, pid, outer.clone()).await?;
+        }
         // After systemd, which writes limits of its own.
         if let Some(resources) = blueprint.resources {
             let cgroup = match &outer {
@@ -283,13 +276,21 @@ async fn blueprint_of(rec: &Record, bundle: &Path, layout: &Layout) -> Result<(B
     .await
 }
 
-/// Makes the cgroup in which LXC has put init a scope of systemd's, so that systemd keeps its hands off what is in it.
-async fn enter_scope(rec: &Record, init: u32) -> Result<()> {
+/// Makes the cgroup in which LXC has put init a scope of systemd's, so that systemd keeps its hands off what is in it. Of a system it
+/// is the one around init's, `outer`.
+async fn enter_scope(rec: &Record, init: u32, outer: Option<Cgroup>) -> Result<()> {
     let (unit, slice) = systemd::scope_of(rec.cgroups_path.as_deref(), &rec.id)?;
     let description = format!("LXC container {} of containerd's namespace {}", rec.id, rec.namespace);
     // Its own error tells more than that of the whole create.
     let bound = bound_of(rec) / 2;
-    blocking(move || systemd::start_scope(&unit, &slice, &description, &[init], bound)).await
+    blocking(move || {
+        let start = || systemd::start_scope(&unit, &slice, &description, &[init], bound);
+        match outer {
+            Some(outer) => outer.lift(INNER, init, start),
+            None => start(),
+        }
+    })
+    .await
 }
 
 /// An error with what LXC has written about it.

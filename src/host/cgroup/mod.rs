@@ -41,6 +41,9 @@ const STACK_BYTES: usize = 32 << 10;
 /// The name under which the v2 hierarchy of a hybrid host is kept beside the v1 controllers.
 const UNIFIED: &str = "unified";
 
+/// The file of a cgroup of v2 that names the controllers which it hands on.
+const SUBTREE_CONTROL: &str = "cgroup.subtree_control";
+
 /// A container's cgroup: a folder of v2, or a folder in each v1 hierarchy.
 ///
 /// Never the root of a hierarchy, and never a cgroup that holds this process: the constructors refuse both, so that no call here
@@ -115,15 +118,50 @@ impl Cgroup {
     ///
     /// On v2 a cgroup that hands on controllers takes no processes (cgroups(7), "no internal processes"): there it is the one of init.
     pub fn joinable(&self, init: u32) -> Vec<PathBuf> {
-        let hands_on = |folder: &Path| {
-            fs::read_to_string(folder.join("cgroup.subtree_control")).is_ok_and(|list| !list.trim().is_empty())
-        };
+        let hands_on =
+            |folder: &Path| fs::read_to_string(folder.join(SUBTREE_CONTROL)).is_ok_and(|list| !list.trim().is_empty());
         let of_init = match self {
             Self::V2(folder) if hands_on(folder) => Self::of_process(init).ok(),
             _ => None,
         };
         let folders = of_init.as_ref().unwrap_or(self).folders();
         folders.into_iter().map(|folder| folder.join("cgroup.procs")).collect()
+    }
+
+    /// Lets `during` move the process `pid`, which is in the cgroup `inner` inside this one, into this one, and takes it back: that is
+    /// what systemd does with the first process of a scope.
+    ///
+    /// On v2 a cgroup that hands on controllers takes no processes (cgroups(7), "no internal processes"), so it hands none on
+    /// meanwhile: limits that `inner` has are lost.
+    ///
+    /// # Errors
+    /// That of `during`, else the operating system's. The process is in either cgroup then, and no controllers may be handed on.
+    pub fn lift(&self, inner: &str, pid: u32, during: impl FnOnce() -> Result<()>) -> Result<()> {
+        let control = self.folder().join(SUBTREE_CONTROL);
+        let list = match self {
+            Self::V2(_) => fs::read_to_string(&control),
+            Self::V1(_) => Ok(String::new()),
+        };
+        let list = list.map_err(|e| self.error(e, || format!("read {}", control.display())))?;
+        let write = |file: &Path, text: &str| {
+            let file_or_error = fs::OpenOptions::new().write(true).open(file);
+            file_or_error
+                .and_then(|mut file| file.write_all(text.as_bytes()))
+                .map_err(|e| self.error(e, || format!("write {text:?} to {}", file.display())))
+        };
+        let hand_on = |sign: &str| {
+            let words: Vec<_> = list.split_whitespace().map(|name| format!("{sign}{name}")).collect();
+            match words.is_empty() {
+                true => Ok(()),
+                false => write(&control, &words.join(" ")),
+            }
+        };
+        hand_on("-")?;
+        during()?;
+        for folder in self.folders() {
+            write(&folder.join(inner).join("cgroup.procs"), &pid.to_string())?;
+        }
+        hand_on("+")
     }
 
     /// Every folder once.

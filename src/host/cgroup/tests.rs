@@ -576,6 +576,53 @@ fn the_processes_of_the_whole_subtree_are_listed_in_order() {
     }
 }
 
+#[test]
+fn a_process_is_lifted_out_of_a_cgroup_whose_parent_hands_on_controllers_and_taken_back() {
+    for guard in Guard::all() {
+        let inner = guard.sub("ns");
+        let control = guard.cgroup.folder().join("cgroup.subtree_control");
+        if guard.cgroup.is_v2() {
+            let top = guard.parents[0].parent().unwrap();
+            let all = fs::read_to_string(top.join("cgroup.controllers")).unwrap();
+            // A kernel whose controllers are all v1's has none to hand on.
+            if let Some(one) = all
+                .split_whitespace()
+                .find(|name| ["memory", "pids", "hugetlb", "misc"].contains(name))
+            {
+                for above in [top, &guard.parents[0], guard.cgroup.folder()] {
+                    write(&above.join("cgroup.subtree_control"), &format!("+{one}")).unwrap();
+                }
+            }
+        }
+        let handed_on = || fs::read_to_string(&control).unwrap_or_default();
+        let before = handed_on();
+        let process = inner.spawn("read x");
+        let pid = process.pid();
+        let direct = |cgroup: &Cgroup| {
+            let files = cgroup.folders().into_iter().map(|folder| folder.join("cgroup.procs"));
+            files.map(|file| fs::read_to_string(file).unwrap()).collect::<String>()
+        };
+        let up = || {
+            guard.add(pid);
+            assert_eq!(direct(&inner.cgroup), "");
+            Ok(())
+        };
+        guard.cgroup.lift("ns", pid, up).unwrap();
+        assert_eq!(
+            (inner.cgroup.pids().unwrap(), direct(&guard.cgroup)),
+            (vec![pid], String::new())
+        );
+        assert_eq!(handed_on(), before);
+        let error = guard
+            .cgroup
+            .lift("ns", pid, || Err(Error::unavailable("no bus")))
+            .unwrap_err();
+        assert_eq!((error.kind(), error.to_string()), (Kind::Unavailable, "no bus".into()));
+        let error = guard.cgroup.lift("none", pid, || Ok(())).unwrap_err();
+        assert_eq!(error.kind(), Kind::NotFound, "{error}");
+    }
+}
+
 #[tokio::test]
 async fn a_cgroup_that_is_gone_is_not_found_by_readers_and_fine_for_those_who_end_it() {
     for guard in Guard::all() {
