@@ -44,6 +44,7 @@ test: ## run every test: unit, lifecycle, backends, a real containerd, CRI, faul
 test-node: ## run the suites in a Debian 13 with systemd, cgroup v2 and OpenZFS, in QEMU (root; installs what is missing)
 	@packaging/dependencies node
 	@tests/node/test
+	@tests/node/test selinux
 	@tests/node/try-shell
 
 node-shell: ## boot the same node and get a shell on it, with the shim installed

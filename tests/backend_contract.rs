@@ -26,6 +26,7 @@ mod support {
 }
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::Write,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
@@ -879,6 +880,88 @@ fn a_process_is_confined_by_the_apparmor_profile_that_it_asks_for() {
 
         let mut b = daemon.bundle("b", &["true"]);
         b.spec["process"]["apparmorProfile"] = lost.as_str().into();
+        refused(pod.create(&b, &Io::none()).await, code, text);
+        refused(pod.state("b", "").await, Code::NOT_FOUND, "container not created");
+        pod.shutdown().await;
+    });
+}
+
+/// The labels of the keyrings that this user may see.
+fn labels_of_keyrings() -> BTreeSet<String> {
+    let keys = fs::read_to_string("/proc/keys").unwrap();
+    let rings = keys.lines().filter(|line| line.contains(" keyring "));
+    rings
+        .filter_map(|line| {
+            let id = i32::from_str_radix(line.split(' ').next().unwrap(), 16).unwrap();
+            let mut label = [0_u8; 64];
+            // SAFETY: the kernel writes at most as many bytes as it is told. One that is gone meanwhile is an error.
+            let size = unsafe {
+                libc::syscall(
+                    libc::SYS_keyctl,
+                    libc::KEYCTL_GET_SECURITY,
+                    id,
+                    label.as_mut_ptr(),
+                    label.len(),
+                )
+            };
+            let size = usize::try_from(size).ok()?;
+            Some(
+                String::from_utf8_lossy(&label[..size])
+                    .trim_end_matches('\0')
+                    .to_owned(),
+            )
+        })
+        .collect()
+}
+
+/// The policy with these labels is the node's: tests/node/guest/selinux.cil.
+#[test]
+fn a_process_and_its_mounts_have_the_selinux_labels_that_they_ask_for() {
+    // The kernel takes there what its policy knows.
+    if fs::write("/sys/fs/selinux/context", "u:r:init_t").is_err() {
+        return support::skip::skip(
+            "backend_contract::a_process_and_its_mounts_have_the_selinux_labels_that_they_ask_for",
+            "no SELinux with the tests' policy",
+        );
+    }
+    each_backend(async |daemon, backend| {
+        let look = "cat /proc/self/attr/current; echo; grep -o 'context=[^, ]*' /proc/mounts | sort -u; touch /ready";
+        let (pod, mut a) = pod(daemon, backend, &shell(&format!("{look}; sleep 1000"))).await;
+        a.spec["process"]["selinuxLabel"] = "u:r:init_t".into();
+        a.spec["linux"]["mountLabel"] = "u:r:mount_t".into();
+        let io = Io::fifos(&a.path, "init");
+        let stdout = io.read_stdout();
+        pod.run(&a, &io).await;
+        appears(&a.path.join("upper/ready")).await;
+        let rings = labels_of_keyrings();
+        assert!(rings.contains("u:r:init_t"), "{rings:?}");
+        let labels = |process: &str| format!("{process}\0\ncontext=u:r:mount_t\n");
+        for (exec, own, wanted) in [("e1", None, "u:r:init_t"), ("e2", Some("u:r:exec_t"), "u:r:exec_t")] {
+            let io = Io::fifos(&a.path, exec);
+            let stdout = io.read_stdout();
+            let mut process = process(&shell(look));
+            if let Some(own) = own {
+                process["selinuxLabel"] = own.into();
+            }
+            pod.exec("a", exec, &process, &io).await.unwrap();
+            pod.start_process("a", exec).await.unwrap();
+            pod.wait("a", exec).await.unwrap();
+            assert_eq!(stdout.text().await, labels(wanted), "{exec}");
+            pod.delete("a", exec).await.unwrap();
+        }
+        let (code, text) = match backend {
+            "crun" => (Code::UNKNOWN, ": Invalid argument"),
+            _ => (Code::INVALID_ARGUMENT, "cannot set process.selinuxLabel \"u:r:none_t\""),
+        };
+        let mut process = process(&["true"]);
+        process["selinuxLabel"] = "u:r:none_t".into();
+        pod.exec("a", "e3", &process, &Io::none()).await.unwrap();
+        refused(pod.start_process("a", "e3").await, code, text);
+        pod.end("a").await;
+        assert_eq!(stdout.text().await, labels("u:r:init_t"));
+
+        let mut b = daemon.bundle("b", &["true"]);
+        b.spec["process"]["selinuxLabel"] = "u:r:none_t".into();
         refused(pod.create(&b, &Io::none()).await, code, text);
         refused(pod.state("b", "").await, Code::NOT_FOUND, "container not created");
         pod.shutdown().await;

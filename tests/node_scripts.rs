@@ -1455,6 +1455,30 @@ fn zfs_is_the_snapshotter_of_cri_and_of_all_about_the_rootfs() {
 }
 
 #[test]
+fn the_lane_of_selinux_has_a_boot_of_its_own_with_a_policy() {
+    let program =
+        "for word; do echo \"test $word ... ok\"; done; echo \"test result: ok. 1 passed; 0 failed; 0 ignored\"";
+    let scripts = with_suites(&[("backend_contract", program)]);
+    scripts.program("bin/containerd", "#!/bin/sh\necho containerd x 1.7.24 y\n");
+    scripts.program("bin/dd", "#!/bin/sh\n");
+    let arguments = || fs::read_to_string(scripts.path("arguments")).unwrap();
+    let test = |lane: &str| scripts.start(&mut scripts.script("test", &[lane])).end();
+    // Without a policy no test has a label, and all would be skipped.
+    scripts.program("bin/secilc", "#!/bin/sh\nexit 1\n");
+    let said = test("selinux");
+    said.assert_ends(1);
+    assert!(said.out.contains("did not run to its end"), "{said:?}");
+    scripts.program("bin/secilc", "#!/bin/sh\n");
+    let said = test("selinux");
+    said.assert_ends(0);
+    assert!(said.out.contains("selinux| test selinux ... ok"), "{said:?}");
+    assert!(arguments().contains(" security=selinux "), "{}", arguments());
+    // Any other lane is for the kernel as Debian boots it.
+    test("private");
+    assert!(!arguments().contains("security="), "{}", arguments());
+}
+
+#[test]
 fn what_runs_on_lxc_7_finds_no_other_lxc() {
     let passes =
         "for word; do echo \"test $word ... ok\"; done; echo \"test result: ok. 1 passed; 0 failed; 0 ignored\"";

@@ -82,6 +82,10 @@ impl Process {
         }
         lead_session()?;
         if !start.keep_keyring {
+            // Or SELinux would not let the program use it. An exec forgets it.
+            if let Some(label) = self.selinux_label(start.proc) {
+                proc_label(start.proc, "keycreate", label)?;
+            }
             join_new_keyring()?;
         }
         if let Some(personality) = self.personality {
@@ -212,17 +216,26 @@ impl Process {
                     .map_err(as_wrong)?;
             }
         }
-        if let Some(label) = &self.selinux {
-            // An enabled SELinux has its file system. A procfs that cannot tell (subset=pid) is no reason to go on without.
-            let absent = |text: String| !text.lines().any(|line| line == "nodev\tselinuxfs");
-            if !proc.read("filesystems").is_ok_and(absent) {
-                proc.write("thread-self/attr/exec", label)
-                    .context(|| format!("cannot set process.selinuxLabel {label:?}"))
-                    .map_err(as_wrong)?;
-            }
+        match self.selinux_label(proc) {
+            Some(label) => proc_label(proc, "exec", label),
+            None => Ok(()),
         }
-        Ok(())
     }
+
+    /// The label, where SELinux is enabled.
+    fn selinux_label(&self, proc: &Proc) -> Option<&str> {
+        let label = self.selinux.as_deref()?;
+        // An enabled SELinux has its file system. A procfs that cannot tell (subset=pid) is no reason to go on without.
+        let absent = |text: String| !text.lines().any(|line| line == "nodev\tselinuxfs");
+        (!proc.read("filesystems").is_ok_and(absent)).then_some(label)
+    }
+}
+
+/// Sets what SELinux labels by `attribute` (proc_pid_attr(5)).
+fn proc_label(proc: &Proc, attribute: &str, label: &str) -> Result<()> {
+    proc.write(&format!("thread-self/attr/{attribute}"), label)
+        .context(|| format!("cannot set process.selinuxLabel {label:?}"))
+        .map_err(as_wrong)
 }
 
 /// "Not found" of a profile must not look like one of a container.
