@@ -207,9 +207,12 @@ impl Process {
     /// `InvalidArgument` with the field: the label is not known.
     pub fn label(&self, proc: &Proc) -> Result<()> {
         if let Some(profile) = &self.apparmor {
-            // Only a kernel with AppArmor has the folder, and only an enabled AppArmor answers there.
+            // Only a kernel with AppArmor has the folder, and only an enabled AppArmor answers there. A procfs of another pid namespace,
+            // which the container may have mounted in the place of its own, has nothing of this process at all.
             let now = proc.read("thread-self/attr/apparmor/current");
-            let absent = |error: &std::io::Error| matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL));
+            let knows_us = proc.read("thread-self/status").is_ok();
+            let absent =
+                |error: &std::io::Error| knows_us && matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL));
             if !now.as_ref().is_err_and(absent) {
                 proc.write("thread-self/attr/apparmor/exec", &format!("exec {profile}"))
                     .context(|| format!("cannot set process.apparmorProfile {profile:?}; is it loaded?"))

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{IoSliceMut, Read},
+    io::{BufRead, BufReader, IoSliceMut, Read},
     os::{
         fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
         unix::{
@@ -11,6 +11,7 @@ use std::{
         },
     },
     path::Path,
+    process::{Command, Stdio},
 };
 
 use nix::{
@@ -813,6 +814,39 @@ fn a_false_procfs_is_not_written_to() {
         "{error}"
     );
     assert_eq!(fs::read_to_string(&file).unwrap(), "0");
+}
+
+/// As a container may mount it on its own `/proc`: the profile cannot be set, and must not be forgotten.
+#[test]
+fn a_procfs_of_another_pid_namespace_hides_no_apparmor() {
+    let mut other = Command::new("unshare")
+        .args([
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "sh",
+            "-c",
+            "echo mounted; exec sleep 1000",
+        ])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(other.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    assert_eq!(line, "mounted\n");
+    let proc = Proc::over(File::open(format!("/proc/{}/root/proc", other.id())).unwrap().into());
+    let labelled = sh("true", json!({"apparmorProfile": "p"})).label(&proc);
+    other.kill().unwrap();
+    other.wait().unwrap();
+    let error = labelled.unwrap_err();
+    assert_eq!(error.kind(), Kind::InvalidArgument);
+    assert!(
+        error.to_string().contains("cannot set process.apparmorProfile \"p\""),
+        "{error}"
+    );
 }
 
 #[test]
