@@ -23,6 +23,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     io::{self, Write as _},
+    os::unix::fs::{MetadataExt, lchown},
     path::{Path, PathBuf},
 };
 
@@ -128,40 +129,56 @@ impl Cgroup {
         folders.into_iter().map(|folder| folder.join("cgroup.procs")).collect()
     }
 
-    /// Lets `during` move the process `pid`, which is in the cgroup `inner` inside this one, into this one, and takes it back: that is
-    /// what systemd does with the first process of a scope.
+    /// Lets `during` move the process `pid`, which is in the cgroup `inner` inside this one, into this one, and takes it back: systemd
+    /// moves the processes up that it is told of for a scope.
     ///
     /// On v2 a cgroup that hands on controllers takes no processes (cgroups(7), "no internal processes"), so it hands none on
-    /// meanwhile: limits that `inner` has are lost.
+    /// meanwhile. The controllers' files in `inner` are made anew: they keep their owners, and limits are lost.
     ///
     /// # Errors
-    /// That of `during`, else the operating system's. The process is in either cgroup then, and no controllers may be handed on.
+    /// That of `during`, else the operating system's, never `NotFound`. The process is in either cgroup then, and no controllers may be
+    /// handed on.
     pub fn lift(&self, inner: &str, pid: u32, during: impl FnOnce() -> Result<()>) -> Result<()> {
-        let control = self.folder().join(SUBTREE_CONTROL);
-        let list = match self {
-            Self::V2(_) => fs::read_to_string(&control),
+        let (folder, file) = (self.folder(), |name: &str| self.folder().join(name));
+        let failed = |what: &str, path: &Path, e: io::Error| {
+            Error::unknown(format!("cannot {what} {}", path.display())).with_source(e)
+        };
+        let read = |path: &Path| match self {
+            Self::V2(_) => fs::read_to_string(path).map_err(|e| failed("read", path, e)),
             Self::V1(_) => Ok(String::new()),
         };
-        let list = list.map_err(|e| self.error(e, || format!("read {}", control.display())))?;
-        let write = |file: &Path, text: &str| {
-            let file_or_error = fs::OpenOptions::new().write(true).open(file);
-            file_or_error
-                .and_then(|mut file| file.write_all(text.as_bytes()))
-                .map_err(|e| self.error(e, || format!("write {text:?} to {}", file.display())))
+        let write = |path: &Path, text: &str| {
+            let opened = fs::OpenOptions::new().write(true).open(path);
+            let written = opened.and_then(|mut file| file.write_all(text.as_bytes()));
+            written.map_err(|e| failed(&format!("write {text:?} to"), path, e))
         };
-        let hand_on = |sign: &str| {
-            let words: Vec<_> = list.split_whitespace().map(|name| format!("{sign}{name}")).collect();
-            match words.is_empty() {
-                true => Ok(()),
-                false => write(&control, &words.join(" ")),
-            }
+        let control = file(SUBTREE_CONTROL);
+        let hand_on = |sign: &str, names: &[&str]| match names {
+            [] => Ok(()),
+            _ => write(
+                &control,
+                &names.iter().map(|name| format!("{sign}{name} ")).collect::<String>(),
+            ),
         };
-        hand_on("-")?;
+        let list = read(&control)?;
+        let mut names: Vec<&str> = list.split_whitespace().collect();
+        let delegated = owned_by_others(&folder.join(inner)).map_err(|e| failed("list", &folder.join(inner), e))?;
+        hand_on("-", &names)?;
         during()?;
         for folder in self.folders() {
             write(&folder.join(inner).join("cgroup.procs"), &pid.to_string())?;
         }
-        hand_on("+")
+        // systemd may have taken some away meanwhile (`DisableControllers=` of the slice).
+        let left = read(&file("cgroup.controllers"))?;
+        names.retain(|name| left.split_whitespace().any(|one| one == *name));
+        hand_on("+", &names)?;
+        for (path, user, group) in delegated {
+            match lchown(&path, Some(user), Some(group)) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("give away", &path, e)),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Every folder once.
@@ -243,6 +260,19 @@ pub fn expect_a_join() {
         .name("cgroup".into())
         .stack_size(STACK_BYTES)
         .spawn(write);
+}
+
+/// The files in a cgroup that are not root's, with user and group.
+fn owned_by_others(folder: &Path) -> io::Result<Vec<(PathBuf, u32, u32)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let of = entry.metadata()?;
+        if (of.uid(), of.gid()) != (0, 0) {
+            found.push((entry.path(), of.uid(), of.gid()));
+        }
+    }
+    Ok(found)
 }
 
 /// Puts this process into the cgroup of a file `cgroup.procs`.

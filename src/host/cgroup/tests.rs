@@ -581,21 +581,23 @@ fn a_process_is_lifted_out_of_a_cgroup_whose_parent_hands_on_controllers_and_tak
     for guard in Guard::all() {
         let inner = guard.sub("ns");
         let control = guard.cgroup.folder().join("cgroup.subtree_control");
+        let mut one = None;
         if guard.cgroup.is_v2() {
             let top = guard.parents[0].parent().unwrap();
             let all = fs::read_to_string(top.join("cgroup.controllers")).unwrap();
-            // A kernel whose controllers are all v1's has none to hand on.
-            if let Some(one) = all
+            // One that takes no processes beside cgroups. A kernel whose controllers are all v1's has none to hand on.
+            let known = ["memory", "pids", "hugetlb", "misc"];
+            one = all
                 .split_whitespace()
-                .find(|name| ["memory", "pids", "hugetlb", "misc"].contains(name))
-            {
-                for above in [top, &guard.parents[0], guard.cgroup.folder()] {
-                    write(&above.join("cgroup.subtree_control"), &format!("+{one}")).unwrap();
-                }
+                .find(|name| known.contains(name))
+                .map(str::to_owned);
+            for above in [top, &guard.parents[0]] {
+                one.iter()
+                    .for_each(|one| write(&above.join("cgroup.subtree_control"), &format!("+{one}")).unwrap());
             }
         }
-        let handed_on = || fs::read_to_string(&control).unwrap_or_default();
-        let before = handed_on();
+        let hand_on = || one.iter().for_each(|one| write(&control, &format!("+{one}")).unwrap());
+        let handed_on = || fs::read_to_string(&control).unwrap_or_default().trim().to_owned();
         let process = inner.spawn("read x");
         let pid = process.pid();
         let direct = |cgroup: &Cgroup| {
@@ -604,22 +606,37 @@ fn a_process_is_lifted_out_of_a_cgroup_whose_parent_hands_on_controllers_and_tak
         };
         let up = || {
             guard.add(pid);
-            assert_eq!(direct(&inner.cgroup), "");
+            assert_eq!((direct(&inner.cgroup), handed_on()), (String::new(), String::new()));
             Ok(())
         };
+        hand_on();
+        // As LXC delegates to the root of a user namespace.
+        let prefix = format!("{}.", one.as_deref().unwrap_or("cgroup"));
+        let files = fs::read_dir(inner.cgroup.folder())
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        let mut of_controller = files.filter(|path| path.file_name().unwrap().to_string_lossy().starts_with(&prefix));
+        let some = of_controller.next().unwrap();
+        std::os::unix::fs::chown(&some, Some(1234), Some(5678)).unwrap();
         guard.cgroup.lift("ns", pid, up).unwrap();
+        let of = fs::metadata(&some).unwrap();
+        assert_eq!((of.uid(), of.gid()), (1234, 5678), "{some:?}");
         assert_eq!(
             (inner.cgroup.pids().unwrap(), direct(&guard.cgroup)),
             (vec![pid], String::new())
         );
-        assert_eq!(handed_on(), before);
+        assert_eq!(handed_on(), one.clone().unwrap_or_default());
+
         let error = guard
             .cgroup
             .lift("ns", pid, || Err(Error::unavailable("no bus")))
             .unwrap_err();
         assert_eq!((error.kind(), error.to_string()), (Kind::Unavailable, "no bus".into()));
+        assert_eq!(handed_on(), "");
+        hand_on();
         let error = guard.cgroup.lift("none", pid, || Ok(())).unwrap_err();
-        assert_eq!(error.kind(), Kind::NotFound, "{error}");
+        assert_eq!(error.kind(), Kind::Unknown, "{error}");
+        assert_eq!(handed_on(), one.unwrap_or_default());
     }
 }
 
