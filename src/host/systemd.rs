@@ -96,14 +96,16 @@ pub fn start_scope(unit: &str, slice: &str, description: &str, pids: &[u32], bou
     start_scope_on(&address()?, unit, slice, description, pids, bound)
 }
 
-/// Stops the scope `unit` with everything in it, and makes systemd forget that it failed. Absence is success.
+/// Stops the scope `unit` with everything in it, and makes systemd forget that it failed. Absence is success, and so is a unit of that
+/// name that has another cgroup than `folder` (below the root of the hierarchy, beginning with a slash): it is somebody else's, who goes
+/// on.
 ///
 /// Blocks for `bound` at most. systemd sends SIGTERM and waits for 90 s before SIGKILL: kill first whoever does not listen.
 ///
 /// # Errors
 /// As [`start_scope`]; the scope may be there still, and the call can be repeated.
-pub fn remove_scope(unit: &str, bound: Duration) -> Result<()> {
-    remove_scope_on(&address()?, unit, bound)
+pub fn remove_scope(unit: &str, folder: &str, bound: Duration) -> Result<()> {
+    remove_scope_on(&address()?, unit, folder, bound)
 }
 
 /// Makes systemd know the limits that the cgroup `folder` (v2) of the running scope `unit` has, so that they stay when it writes its
@@ -178,20 +180,23 @@ fn start_scope_on(bus: &Path, unit: &str, slice: &str, description: &str, pids: 
         })
 }
 
-fn remove_scope_on(bus: &Path, unit: &str, bound: Duration) -> Result<()> {
+fn remove_scope_on(bus: &Path, unit: &str, folder: &str, bound: Duration) -> Result<()> {
     check_unit(unit, ".scope")?;
     let what = || format!("cannot remove scope {unit}; systemctl status {unit} tells what is left of it");
     let mut bus = Bus::connect(bus, bound).context(what)?;
     bus.watch(unit).context(what)?;
-    let stopped = bus.job(manager_call("StopUnit", "ss", |arguments| {
-        arguments.string(unit);
-        arguments.string("replace");
-    }));
-    let removed = match stopped.and_then(|job| bus.removal(&job)) {
-        Err(e) if e.kind() == Kind::NotFound => return Ok(()),
-        removed => removed.context(what)?,
+    let stopped = match bus.has(unit, folder).context(what)? {
+        true => bus
+            .job(manager_call("StopUnit", "ss", |arguments| {
+                arguments.string(unit);
+                arguments.string("replace");
+            }))
+            .and_then(|job| bus.removal(&job))
+            .and_then(|removed| done(&removed, unit)),
+        // One that has failed has no cgroup any more.
+        false => Ok(()),
     };
-    let results = [done(&removed, unit), gone_is_fine(bus.reset_failed(unit))];
+    let results = [gone_is_fine(stopped), gone_is_fine(bus.reset_failed(unit))];
     let errors = results.into_iter().filter_map(Result::err).collect();
     Error::all(errors).map_or(Ok(()), Err).context(what)
 }
@@ -402,6 +407,22 @@ impl Bus {
             let message = self.receive()?;
             self.keep(&message);
         }
+    }
+
+    /// Whether the cgroup `folder` is that of `unit`. systemd answers for a cgroup that is no unit's with the unit around it.
+    fn has(&mut self, unit: &str, folder: &str) -> Result<bool> {
+        let mut ask = |member, text: &str| {
+            let found = self.call(manager_call(member, "s", |arguments| arguments.string(text)));
+            match found {
+                Ok(message) => Ok(message.object().map(str::to_owned)),
+                Err(e) if e.kind() == Kind::NotFound => Ok(None),
+                Err(e) => Err(e),
+            }
+        };
+        let Some(unit) = ask("GetUnit", unit)? else {
+            return Ok(false);
+        };
+        Ok(ask("GetUnitByControlGroup", folder)?.as_ref() == Some(&unit))
     }
 
     fn reset_failed(&mut self, unit: &str) -> Result<()> {

@@ -244,3 +244,44 @@ fn a_monitors_cgroup_in_which_others_live_is_refused_and_they_live_on() {
 }
 
 // ---- ends behind our back ----------------------------------------------------------------------------------------------------------
+
+/// A unit's name is the machine's, wherever its cgroup lies.
+#[test]
+fn a_scope_of_that_name_that_is_not_ours_is_refused_and_goes_on() {
+    if !universe::by_systemd() {
+        return support::skip::skip(
+            "lxc::strangers::a_scope_of_that_name_that_is_not_ours_is_refused_and_goes_on",
+            "the tests have no systemd of their own",
+        );
+    }
+    lxc(async |daemon| {
+        let scope = format!("--unit=lxcri-{}.scope", "a");
+        let arguments = ["--scope", "--quiet", "--slice=system.slice", &scope, "sleep", "100000"];
+        let mut stranger = Command::new("systemd-run")
+            .args(arguments)
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let members = Path::new("/sys/fs/cgroup/system.slice/lxcri-a.scope/cgroup.procs");
+        let lives = || {
+            fs::read_to_string(members)
+                .is_ok_and(|list| list.lines().count() == 1)
+                .then_some(())
+        };
+        until("the scope runs", lives).await;
+        for args in [&FOREVER[..], &["/sbin/init"]] {
+            let (pod, mut a) = pod(daemon, args).await;
+            systems::with_busybox_init(&mut a, &[]);
+            for _ in 0..2 {
+                refused(pod.create(&a, &Io::none()).await, Code::ALREADY_EXISTS, "lxcri-a.scope");
+            }
+            pod.dies().await;
+            delete_dead(daemon, &a).unwrap();
+            assert_eq!(lives(), Some(()), "{args:?}");
+            fs::remove_dir_all(&a.path).unwrap();
+        }
+        stranger.kill().unwrap();
+        stranger.wait().unwrap();
+        until("the scope has gone", || (!members.exists()).then_some(())).await;
+    });
+}

@@ -1,7 +1,7 @@
 //! Delete: what ends and removes a container, from whatever step on.
 
 use super::{
-    KILL_TIMEOUT, Lxc, blocking, blueprint, bound_of,
+    KILL_TIMEOUT, Layout, Lxc, blocking, blueprint, bound_of,
     folder::{Folder, Owner},
     layout,
 };
@@ -66,7 +66,7 @@ impl Lxc {
             errors.extend(end(&monitor, KILL_TIMEOUT).await.err());
         }
         if rec.options.systemd_cgroup {
-            errors.extend(leave_scope(rec).await.err());
+            errors.extend(leave_scope(rec, &layout).await.err());
         }
         for path in [&layout.container, &layout.monitor, &layout.pivot] {
             match Cgroup::expected(Some(path), false, &rec.id) {
@@ -112,9 +112,10 @@ pub(super) enum Poststop {
 }
 
 /// Removes what [`enter_scope`] has made, in which nothing runs any more.
-async fn leave_scope(rec: &Record) -> Result<()> {
+async fn leave_scope(rec: &Record, layout: &Layout) -> Result<()> {
     let (unit, _) = systemd::scope_of(rec.cgroups_path.as_deref(), &rec.id)?;
-    match blocking(move || systemd::remove_scope(&unit, KILL_TIMEOUT)).await {
+    let folder = layout.container.clone();
+    match blocking(move || systemd::remove_scope(&unit, &folder, KILL_TIMEOUT)).await {
         // Without a bus there is no way to make one, and of one that is there systemd notices the end by itself.
         Err(e) if e.kind() == Kind::Unavailable => {
             log::warn!("container {}: {e}", rec.id);

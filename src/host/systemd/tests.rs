@@ -14,6 +14,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// A bound that is to be reached: long enough for what comes before on a busy machine.
 const SHORT: Duration = Duration::from_secs(2);
 const UNIT: &str = "cri-raw.scope";
+const FOLDER: &str = "/kt.slice/kt-pod1.slice/cri-raw.scope";
 const JOB: &str = "/org/freedesktop/systemd1/job/174";
 const OWNER: &str = ":1.3";
 
@@ -209,7 +210,7 @@ fn a_name_that_is_no_unit_is_not_sent() {
     for unit in ["", ".scope", "a.service", "a'b.scope", "a b.scope", "a\0.scope"] {
         let error = start_scope_on(nowhere, unit, "", "", &[1], MINUTE).unwrap_err();
         assert_eq!(error.kind(), Kind::InvalidArgument, "{unit:?}");
-        assert!(remove_scope_on(nowhere, unit, MINUTE).is_err());
+        assert!(remove_scope_on(nowhere, unit, FOLDER, MINUTE).is_err());
     }
     let error = |slice, description| {
         start_scope_on(nowhere, UNIT, slice, description, &[1], MINUTE)
@@ -368,6 +369,14 @@ impl Fake {
     fn start(&mut self) {
         self.answer("StartTransientUnit", OWNER, "o", &[JOB]);
     }
+
+    /// Whose the name is, and whose the folder.
+    fn belongs(&mut self, unit: &str, folder: &str) {
+        self.answer("GetUnit", OWNER, "o", &[unit]);
+        let asked = self.call("GetUnitByControlGroup");
+        assert_eq!(asked.text(), Some(FOLDER));
+        self.send(&message(2, &[(7, "s", OWNER)], asked.serial, "o", &[folder]));
+    }
 }
 
 /// Runs `work` with the socket of a bus that does as `script` says, and hangs up when both are done.
@@ -396,7 +405,7 @@ fn started(bound: Duration, script: impl FnOnce(&mut Fake) + Send + 'static) -> 
 }
 
 fn removed(script: impl FnOnce(&mut Fake) + Send + 'static) -> Result<()> {
-    with_bus(script, |bus| remove_scope_on(bus, UNIT, MINUTE))
+    with_bus(script, |bus| remove_scope_on(bus, UNIT, FOLDER, MINUTE))
 }
 
 #[test]
@@ -542,6 +551,7 @@ fn the_limits_of_a_folder_are_told() {
 fn a_removed_scope_is_stopped_and_forgotten() {
     removed(|bus| {
         bus.greet();
+        bus.belongs("/unit", "/unit");
         bus.answer("StopUnit", OWNER, "o", &[JOB]);
         bus.send(&job_removed(OWNER, JOB, "done"));
         bus.answer("ResetFailedUnit", OWNER, "", &[]);
@@ -553,11 +563,21 @@ fn a_removed_scope_is_stopped_and_forgotten() {
 fn the_absence_of_a_scope_is_success() {
     removed(|bus| {
         bus.greet();
+        bus.refuse("GetUnit", "NoSuchUnit");
+        bus.refuse("ResetFailedUnit", "NoSuchUnit");
+    })
+    .unwrap();
+    // Since it was asked for.
+    removed(|bus| {
+        bus.greet();
+        bus.belongs("/unit", "/unit");
         bus.refuse("StopUnit", "NoSuchUnit");
+        bus.refuse("ResetFailedUnit", "NoSuchUnit");
     })
     .unwrap();
     removed(|bus| {
         bus.greet();
+        bus.belongs("/unit", "/unit");
         bus.answer("StopUnit", OWNER, "o", &[JOB]);
         bus.send(&job_removed(OWNER, JOB, "done"));
         bus.refuse("ResetFailedUnit", "NoSuchUnit");
@@ -569,6 +589,7 @@ fn the_absence_of_a_scope_is_success() {
 fn a_removal_tells_all_that_went_wrong() {
     let error = removed(|bus| {
         bus.greet();
+        bus.belongs("/unit", "/unit");
         bus.answer("StopUnit", OWNER, "o", &[JOB]);
         bus.send(&job_removed(OWNER, JOB, "canceled"));
         bus.refuse("ResetFailedUnit", "SomethingElse");
@@ -578,6 +599,30 @@ fn a_removal_tells_all_that_went_wrong() {
         error.contains("cri-raw.scope") && error.contains("\"canceled\"") && error.contains("SomethingElse"),
         "{error}"
     );
+}
+
+#[test]
+fn a_unit_of_that_name_in_another_cgroup_is_not_stopped() {
+    // The slice around the folder, and a folder that systemd knows nothing of.
+    removed(|bus| {
+        bus.greet();
+        bus.belongs("/unit", "/slice");
+        bus.answer("ResetFailedUnit", OWNER, "", &[]);
+    })
+    .unwrap();
+    removed(|bus| {
+        bus.greet();
+        bus.answer("GetUnit", OWNER, "o", &["/unit"]);
+        bus.refuse("GetUnitByControlGroup", "NoSuchUnit");
+        bus.answer("ResetFailedUnit", OWNER, "", &[]);
+    })
+    .unwrap();
+    let error = removed(|bus| {
+        bus.greet();
+        bus.refuse("GetUnit", "SomethingElse");
+    });
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("GetUnit: SomethingElse"), "{error}");
 }
 
 #[test]
@@ -595,13 +640,13 @@ fn a_bus_that_refuses_this_user_is_named() {
 fn nobody_at_the_socket_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("bus");
-    let error = remove_scope_on(&path, UNIT, MINUTE).unwrap_err();
+    let error = remove_scope_on(&path, UNIT, FOLDER, MINUTE).unwrap_err();
     assert_eq!(error.kind(), Kind::Unavailable);
     let expected = format!("cannot reach systemd over {}; is dbus running?", path.display());
     assert!(error.to_string().contains(&expected), "{error}");
     drop(UnixListener::bind(&path).unwrap());
     assert_eq!(
-        remove_scope_on(&path, UNIT, MINUTE).unwrap_err().kind(),
+        remove_scope_on(&path, UNIT, FOLDER, MINUTE).unwrap_err().kind(),
         Kind::Unavailable
     );
 }
@@ -686,7 +731,7 @@ fn a_bus_that_does_not_accept_is_waited_for_until_the_bound() {
     bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
     listen(&listener, Backlog::new(0).unwrap()).unwrap();
     let _first = UnixStream::connect(&path).unwrap();
-    let error = remove_scope_on(&path, UNIT, Duration::from_millis(50)).unwrap_err();
+    let error = remove_scope_on(&path, UNIT, FOLDER, Duration::from_millis(50)).unwrap_err();
     assert_eq!(error.kind(), Kind::DeadlineExceeded, "{error}");
 }
 
