@@ -117,8 +117,11 @@ impl Hook {
         let ended = watch(&mut child, deadline, &mut stderr);
         if !matches!(ended, Ok(Some(_))) {
             // It leads its group, and it has not been waited for: the number is its own.
-            let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
-            let _ = child.wait();
+            let killed = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
+            // A profile of AppArmor may let nobody send it signals: it ends with the container then.
+            if killed.is_ok() {
+                let _ = child.wait();
+            }
         }
         let stderr = String::from_utf8_lossy(&stderr);
         let stderr = match stderr.trim() {
