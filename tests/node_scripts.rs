@@ -1476,6 +1476,24 @@ fn the_lane_of_selinux_has_a_boot_of_its_own_with_a_policy() {
     // Any other lane is for the kernel as Debian boots it.
     test("private");
     assert!(!arguments().contains("security="), "{}", arguments());
+    for lanes in [["selinux", "private"], ["private", "selinux"]] {
+        let said = scripts.start(&mut scripts.script("test", &lanes)).end();
+        said.assert_ends(2);
+        assert!(
+            said.out.contains("the lane selinux is for a boot of its own"),
+            "{said:?}"
+        );
+    }
+    // What a lane cannot run it leaves out, also when it is told what to run.
+    let said = scripts
+        .start(&mut scripts.script("test", &["selinux", "--", "some"]))
+        .end();
+    said.assert_ends(0);
+    assert!(
+        said.out
+            .contains("test some ... ok\nselinux| test --skip ... ok\nselinux| test apparmor ... ok"),
+        "{said:?}"
+    );
 }
 
 #[test]

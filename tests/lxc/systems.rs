@@ -231,6 +231,7 @@ fn a_debian_with_systemd_boots_manages_its_cgroup_and_is_halted() {
             let (pod, mut a) = pod(daemon, &["/sbin/init"]).await;
             with_the_machines_system(&mut a);
             a.spec["linux"]["resources"]["memory"] = json!({"limit": 1 << 30});
+            a.spec["linux"]["resources"]["pids"] = json!({"limit": 4321});
             let (io, console) = match terminal {
                 true => {
                     let io = Io::terminal(&a.path, "console");
@@ -271,6 +272,10 @@ fn a_debian_with_systemd_boots_manages_its_cgroup_and_is_halted() {
                 format!("{}\n", 64 << 20)
             );
             assert_eq!(limit("memory.max"), format!("{}\n", 1 << 30));
+            assert_eq!(limit("pids.max"), "4321\n");
+            let script = "mknod /disk b 7 200 && head -c 1 /disk 2>&1 | grep -o 'not permitted'";
+            let (_, inside) = says(&pod, &a, "device", &shell(script)).await;
+            assert_eq!(inside, "not permitted\n");
             let known = daemon.told().len();
             pod.kill("a", "", libc::SIGTERM, false).await.unwrap();
             assert_eq!(pod.wait("a", "").await.unwrap(), 0);
@@ -357,8 +362,15 @@ fn a_debian_with_openrc_boots_and_is_halted_under_openrcs_init_and_under_sysvini
                 until(&format!("{program} has logged {text:?}"), is_there).await;
             };
             logs("up\n").await;
-            let (status, text) = says(&pod, &a, "e1", &["rc-service", "recorder", "status"]).await;
-            assert!(status == 0 && text.contains("started"), "{status} {text}");
+            // It logs a moment before it counts as started.
+            let mut number = 0;
+            until_told("the service has started", async || {
+                number += 1;
+                let exec = format!("status{number}");
+                let (status, text) = says(&pod, &a, &exec, &["rc-service", "recorder", "status"]).await;
+                (status == 0 && text.contains("started")).then_some(())
+            })
+            .await;
             if cgroup_v2() {
                 let service = own_cgroup().join("ns/openrc.recorder/cgroup.procs");
                 assert_eq!(fs::read_to_string(service).unwrap().lines().count(), 1);
@@ -369,6 +381,9 @@ fn a_debian_with_openrc_boots_and_is_halted_under_openrcs_init_and_under_sysvini
             let ended = match more {
                 [] => {
                     logs("up\ndown\n").await;
+                    // OpenRC gives what is left three seconds; it takes no longer with the capability.
+                    let ended = tokio::time::timeout(std::time::Duration::from_secs(6), pod.wait("a", "")).await;
+                    assert!(ended.is_err(), "{program} has ended: {ended:?}");
                     pod.kill("a", "", libc::SIGKILL, false).await.unwrap();
                     137
                 }
