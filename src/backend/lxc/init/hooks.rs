@@ -115,12 +115,13 @@ impl Hook {
             .and_then(|seconds| Instant::now().checked_add(Duration::from_secs(seconds)));
         let mut stderr = Vec::new();
         let ended = watch(&mut child, deadline, &mut stderr);
+        let mut fate = "killed".to_owned();
         if !matches!(ended, Ok(Some(_))) {
             // It leads its group, and it has not been waited for: the number is its own.
-            let killed = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
-            // A profile of AppArmor may let nobody send it signals: it ends with the container then.
-            if killed.is_ok() {
-                let _ = child.wait();
+            match killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL) {
+                Ok(()) => drop(child.wait()),
+                // A profile of AppArmor may keep signals from it. It ends with the container.
+                Err(errno) => fate = format!("not ended, and not to be killed ({errno})"),
             }
         }
         let stderr = String::from_utf8_lossy(&stderr);
@@ -132,7 +133,7 @@ impl Hook {
             Ok(Some(status)) if status.success() => Ok(()),
             Ok(Some(status)) => Err(Error::unknown(format!("{}: {}{stderr}", what(), ended_as(status)))),
             Ok(None) => Err(Error::deadline(format!(
-                "{}: killed after {} s, its timeout{stderr}",
+                "{}: {fate} after {} s, its timeout{stderr}",
                 what(),
                 self.timeout_seconds.unwrap_or_default()
             ))),
