@@ -865,17 +865,12 @@ fn a_process_is_confined_by_the_apparmor_profile_that_it_asks_for() {
             ("e2", Some(other.as_str()), denied(&other)),
             ("e3", Some("unconfined"), "unconfined\n0\n".into()),
         ] {
-            let io = Io::fifos(&a.path, exec);
-            let stdout = io.read_stdout();
             let mut process = process(&shell(try_it));
             if let Some(own) = own {
                 process["apparmorProfile"] = own.into();
             }
-            pod.exec("a", exec, &process, &io).await.unwrap();
-            pod.start_process("a", exec).await.unwrap();
-            pod.wait("a", exec).await.unwrap();
-            assert_eq!(stdout.text().await, wanted, "{exec}");
-            pod.delete("a", exec).await.unwrap();
+            let (_, text) = pod.exec_says(&a, exec, &process).await;
+            assert_eq!(text, wanted, "{exec}");
         }
         let mut process = process(&["true"]);
         process["apparmorProfile"] = lost.as_str().into();
@@ -965,17 +960,12 @@ fn a_process_and_its_mounts_have_the_selinux_labels_that_they_ask_for() {
         assert!(rings.contains(init), "{rings:?}");
         let labels = |process: &str| format!("{process}\0\ncontext=u:r:mount_t\n");
         for (exec, own, wanted) in [("e1", None, init), ("e2", Some(other), other)] {
-            let io = Io::fifos(&a.path, exec);
-            let stdout = io.read_stdout();
             let mut process = process(&shell(look));
             if let Some(own) = own {
                 process["selinuxLabel"] = own.into();
             }
-            pod.exec("a", exec, &process, &io).await.unwrap();
-            pod.start_process("a", exec).await.unwrap();
-            pod.wait("a", exec).await.unwrap();
-            assert_eq!(stdout.text().await, labels(wanted), "{exec}");
-            pod.delete("a", exec).await.unwrap();
+            let (_, text) = pod.exec_says(&a, exec, &process).await;
+            assert_eq!(text, labels(wanted), "{exec}");
         }
         let (code, text) = match backend {
             "crun" => (Code::UNKNOWN, ": Invalid argument"),

@@ -41,20 +41,9 @@ async fn both_say(pod: &Pod, a: &Bundle, script: &str) -> [String; 2] {
     appears(&a.path.join("upper/ready")).await;
     let mut spec = a.spec["process"].clone();
     spec["args"] = json!(shell(script));
-    let of_exec = exec_says(pod, a, "e1", &spec).await;
+    let (_, of_exec) = pod.exec_says(a, "e1", &spec).await;
     pod.end(&a.id).await;
     [stdout.text().await, of_exec]
-}
-
-/// What an exec prints to its end.
-async fn exec_says(pod: &Pod, a: &Bundle, exec: &str, spec: &Value) -> String {
-    let io = Io::fifos(&a.path, exec);
-    let stdout = io.read_stdout();
-    pod.exec(&a.id, exec, spec, &io).await.unwrap();
-    pod.start_process(&a.id, exec).await.unwrap();
-    pod.wait(&a.id, exec).await.unwrap();
-    pod.delete(&a.id, exec).await.unwrap();
-    stdout.text().await
 }
 
 #[track_caller]
@@ -521,7 +510,7 @@ fn an_exec_runs_on_the_processors_that_it_asks_for() {
         for (exec, initial, last) in [("e1", one, other), ("e2", other, one)] {
             let mut spec = process(&["grep", "Cpus_allowed_list", "/proc/self/status"]);
             spec["execCPUAffinity"] = json!({"initial": initial.to_string(), "final": last.to_string()});
-            let text = exec_says(&pod, &a, exec, &spec).await;
+            let (_, text) = pod.exec_says(&a, exec, &spec).await;
             assert_eq!(text, format!("Cpus_allowed_list:\t{last}\n"));
         }
         pod.end("a").await;

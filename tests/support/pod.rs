@@ -709,6 +709,18 @@ impl Pod {
         self.call::<_, api::Empty>("Exec", &request).await.map(drop)
     }
 
+    /// What an exec in the container of `bundle` prints, run to its end, and how it ends.
+    pub(crate) async fn exec_says(&self, bundle: &Bundle, exec: &str, process: &Value) -> (u32, String) {
+        let io = Io::fifos(&bundle.path, exec);
+        let stdout = io.read_stdout();
+        self.exec(&bundle.id, exec, process, &io).await.unwrap();
+        self.start_process(&bundle.id, exec).await.unwrap();
+        let status = self.wait(&bundle.id, exec).await.unwrap();
+        let text = stdout.text().await;
+        self.delete(&bundle.id, exec).await.unwrap();
+        (status, text)
+    }
+
     pub(crate) async fn kill(&self, id: &str, exec_id: &str, signal: i32, all: bool) -> Answer<()> {
         let request = api::KillRequest {
             id: id.into(),
