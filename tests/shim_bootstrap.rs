@@ -95,6 +95,11 @@ impl Daemon {
         pids
     }
 
+    /// A child of a shim is as its parent for a moment, until it executes its program.
+    fn has_shims(&self, number: usize) {
+        eventually(&format!("{number} shims"), || self.shims().len() == number);
+    }
+
     fn signal(&self, signal: nix::sys::signal::Signal) {
         for pid in self.shims() {
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal);
@@ -234,9 +239,8 @@ fn the_shim_is_a_detached_process_that_holds_nothing_of_its_caller() {
         });
     }
     text(command.output().unwrap());
-    let [pid] = daemon.shims()[..] else {
-        panic!("{:?}", daemon.shims())
-    };
+    daemon.has_shims(1);
+    let pid = daemon.shims()[0];
     let proc = PathBuf::from(format!("/proc/{pid}"));
     eventually("the shim has its name", || {
         fs::read_to_string(proc.join("comm")).unwrap() == "containerd-shim\n"
@@ -332,7 +336,7 @@ fn a_pod_shares_one_shim_and_others_do_not() {
     assert_eq!(addresses[0], addresses[1]);
     assert_eq!(addresses[0], addresses[2]);
     assert_ne!(addresses[0], addresses[3]);
-    assert_eq!(daemon.shims().len(), 2);
+    daemon.has_shims(2);
 }
 
 #[test]
@@ -350,7 +354,7 @@ fn twenty_starts_of_a_group_at_once_make_one_shim() {
         .map(|c| text(c.wait_with_output().unwrap()))
         .collect();
     assert_eq!(addresses.len(), 1);
-    assert_eq!(daemon.shims().len(), 1);
+    daemon.has_shims(1);
     UnixStream::connect(socket(addresses.iter().next().unwrap())).unwrap();
 }
 
@@ -434,7 +438,7 @@ fn a_shim_that_nobody_asks_for_anything_goes_with_its_bundle() {
     let daemon = Daemon::new();
     let bundle = daemon.bundle("a", "");
     let address = text(daemon.command(&bundle, "a", "start").output().unwrap());
-    assert_eq!(daemon.shims().len(), 1);
+    daemon.has_shims(1);
     fs::remove_dir_all(&bundle).unwrap();
     eventually("the shim is gone", || daemon.shims().is_empty());
     assert!(!socket(&address).exists());
